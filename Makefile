@@ -1,0 +1,85 @@
+# make demo | make test | make check | make test-parity | make setup | make clean
+#
+# Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
+# rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
+
+PYTHON ?= python3
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+DEMO_OUTPUT := runs/demo
+DEMO_CONFIG := configs/digits/sample.py
+DEMO_SECONDS ?= 120
+DEMO_PROMPT ?= a white seven drifts right on a teal background
+
+# Compiled programs are kept between runs; a clean clone compiles once.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := setup.py pyproject.toml
+EXTRAS_TEST := [train,dev]
+EXTRAS_PARITY := [train,dev,parity]
+
+.PHONY: help setup demo test check test-parity clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,4p' Makefile
+
+# --- environments -------------------------------------------------------------------------------
+# `<venv>/.interpreter` is remade, and so newer than the stamps, only when the environment is
+# missing, broken or of another interpreter than $(PYTHON).
+
+INTERPRETER := 'import sys; print(sys.base_prefix, sys.version)'
+
+%/.interpreter: FORCE
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12 ...' >&2; \
+	  exit 1; }
+	@if [ "$$($(PYTHON) -c $(INTERPRETER))" != "$$($*/bin/python -c $(INTERPRETER) 2>/dev/null)" ]; \
+	then echo 'creating $*'; rm -rf $* && $(PYTHON) -m venv $* && touch $@; \
+	elif [ ! -e $@ ]; then touch $@; fi
+
+define install
+	@echo 'installing into $(1)'
+	@$(1)/bin/python -m pip install --quiet --editable '.$(2)'
+	@touch $@
+endef
+
+# The demo needs neither the training nor the test packages.
+$(VENV)/.base: $(VENV)/.interpreter $(SOURCES)
+	$(call install,$(VENV),)
+
+$(VENV)/.test: $(VENV)/.interpreter $(SOURCES)
+	$(call install,$(VENV),$(EXTRAS_TEST))
+	@touch $(VENV)/.base
+
+$(PARITY_VENV)/.parity: $(PARITY_VENV)/.interpreter $(SOURCES)
+	$(call install,$(PARITY_VENV),$(EXTRAS_PARITY))
+
+setup: $(VENV)/.test
+
+# --- the two commands ---------------------------------------------------------------------------
+
+demo: $(VENV)/.base
+	$(VENV)/bin/python -m launch.sample --config=$(DEMO_CONFIG) --prompt='$(DEMO_PROMPT)' \
+	  --seconds=$(DEMO_SECONDS) --seed=0 --output=$(DEMO_OUTPUT) --overwrite
+
+test: $(VENV)/.test check
+	$(VENV)/bin/python -m pytest -x -n $(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+# --- the rest -----------------------------------------------------------------------------------
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/mypy
+
+test-parity: $(PARITY_VENV)/.parity
+	$(PARITY_VENV)/bin/python -m pytest -x tests/parity $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) .cache runs/demo build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

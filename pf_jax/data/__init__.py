@@ -1,0 +1,1 @@
+"""Data: the miniature's world, Grain sources, the store of encoded clips."""

@@ -1,0 +1,1 @@
+"""Diffusion mathematics without networks: schedules, flow matching, solvers."""

@@ -1,0 +1,1 @@
+"""Evaluation: the glyph classifier, metrics and the evaluator that tabulates them."""

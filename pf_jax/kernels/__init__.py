@@ -1,0 +1,1 @@
+"""Hot operations, one folder each: `api` picks a backend, `reference` is plain XLA."""

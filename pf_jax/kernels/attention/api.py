@@ -1,0 +1,49 @@
+"""Attention over a list of key/value segments: the public entry that picks a backend."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pf_jax.types import Array
+
+
+class Segment(NamedTuple):
+  """Keys and values that one query attends, e.g. the packed history or the block itself.
+
+  Attributes:
+    k: [B, S, N, H].
+    v: [B, S, N, H].
+    valid: [B, S] bool, False where a slot is empty; None where every token counts.
+  """
+
+  k: Array
+  v: Array
+  valid: Array | None = None
+
+
+def attend(q: Array, segments: Sequence[Segment], *, implementation: str = 'reference') -> Array:
+  """One softmax over the tokens of all segments.
+
+  A segment's batch may be smaller than the query's by a whole factor g: queries
+  g*b .. g*b + g - 1 then share segment row b (several noisy versions of a block share a history).
+
+  Args:
+    q: [B, T, N, H].
+    segments: what is attended; order does not matter.
+    implementation: 'reference' (XLA).
+
+  Returns:
+    [B, T, N, H] in q's dtype. At least one token must be valid for every query.
+
+  Raises:
+    ValueError: unknown implementation, or a segment whose shape does not fit the query.
+  """
+  from pf_jax.kernels.attention import reference
+  for index, segment in enumerate(segments):
+    batch, _, *heads = segment.k.shape
+    if segment.k.shape != segment.v.shape or heads != list(q.shape[2:]) or q.shape[0] % batch:
+      raise ValueError(
+          f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
+          f'[b, S, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
+  if implementation != 'reference':
+    raise ValueError(f"{implementation=} is unknown; use 'reference'.")
+  return reference.attend(q, segments)

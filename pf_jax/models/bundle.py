@@ -1,0 +1,95 @@
+"""All networks of one model and the spec that describes them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pf_jax.kernels import rope
+from pf_jax.models import compressor as compressor_lib
+from pf_jax.models.compressor import Compressor, CompressorSpec
+from pf_jax.models.text import TextSpec, UMT5Encoder
+from pf_jax.models.transformer import CausalTransformer, TransformerSpec
+from pf_jax.models.vae import VaeSpec, WanVae
+from pf_jax.types import Array, VideoSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """Everything needed to build the networks; sizes that must agree are checked.
+
+  Raises:
+    ValueError: two parts disagree about a size.
+  """
+
+  video: VideoSpec
+  vae: VaeSpec
+  text: TextSpec
+  transformer: TransformerSpec
+  compressor: CompressorSpec
+  mid_offsets: str = 'center'
+
+  def __post_init__(self):
+    video, dit = self.video, self.transformer
+    pairs = {
+        'latent channels': {'video': video.latent_channels, 'vae': self.vae.latent_channels,
+                            'transformer in': dit.in_channels, 'transformer out': dit.out_channels,
+                            'compressor': self.compressor.in_channels},
+        'width': {'transformer': dit.width, 'compressor': self.compressor.width},
+        'text width': {'text': self.text.width, 'transformer': dit.text_width},
+        'patch': {'video': video.patch, 'transformer': dit.patch},
+    }
+    for name, sizes in pairs.items():
+      if len(set(sizes.values())) > 1:
+        raise ValueError(f'{name} must agree between parts, got {sizes}; set them to one value.')
+    self.compressor.mid_grid(video)
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """(frames, height, width) of a block in tokens."""
+    return self.video.frames_per_block, *self.video.grid
+
+  @property
+  def mid_grid(self) -> tuple[int, int, int]:
+    """(frames, height, width) of a compressed block in tokens."""
+    return self.compressor.mid_grid(self.video)
+
+
+class Models(nnx.Module):
+  """The networks: VAE, text encoder, transformer, compressor."""
+
+  def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+    self.spec = spec
+    self.vae = WanVae(spec.vae, rngs=rngs)
+    self.text = UMT5Encoder(spec.text, rngs=rngs)
+    self.transformer = CausalTransformer(spec.transformer, rngs=rngs)
+    self.compressor = Compressor(spec.compressor, rngs=rngs)
+
+  def encode_low_resolution(self, pixels: Array) -> Array:
+    """LR latents of one block of pixels [B, T, H, W, 3] -> [B, f, h', w', C]."""
+    pooled = compressor_lib.pool_pixels(pixels, self.spec.video, self.spec.compressor)
+    return compressor_lib.crop_to_patches(self.vae.encode(pooled), self.spec.mid_grid,
+                                          self.spec.video.patch)
+
+  def compress(self, latents: Array, lr_latents: Array) -> tuple[Array, Any]:
+    """A clean block's compressed tokens [B, M, D] and their positions [M, 3] inside the block.
+
+    Args:
+      latents: [B, F, h, w, C].
+      lr_latents: from `encode_low_resolution`.
+    """
+    tokens = self.compressor(latents, self.transformer.patch_embedding(lr_latents))
+    return tokens, rope.compressed_positions(self.spec.grid, self.spec.mid_grid,
+                                             self.spec.mid_offsets)
+
+  def text_keys_values(self, ids: Array, mask: Array):
+    """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]."""
+    return self.transformer.text_keys_values(self.text(ids, mask))
+
+
+def init(spec: ModelSpec, seed: int = 0) -> Models:
+  """Freshly initialised networks, one compiled program for all of them."""
+  # rbg: one instruction per tensor; threefry's arithmetic took three times as long to compile.
+  key = jax.random.key(seed, impl='rbg')
+  return jax.jit(lambda key: Models(spec, rngs=nnx.Rngs(key)))(key)

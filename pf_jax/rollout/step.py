@@ -1,0 +1,83 @@
+"""One denoising step, and the clean pass: the two ways a rollout runs the transformer."""
+
+import einops
+import jax.numpy as jnp
+
+from pf_jax import cache as cache_lib
+from pf_jax.cache import CacheSpec, LayerCache, Layout
+from pf_jax.diffusion import schedule, solver as solver_lib
+from pf_jax.kernels.attention import Segment
+from pf_jax.models.bundle import Models
+from pf_jax.models.transformer import ContextFn
+from pf_jax.types import Array, KeyValues, PyTree
+
+
+def select_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
+  """Context function of a block's first pass: select, pack, and pass both on.
+
+  Scan it over the cache's `LayerCache`. Its aux is (selected [L, B, K], context [L, ...]); the
+  block's later passes scan over that context with `reuse_history`.
+  """
+
+  def context_fn(layer: LayerCache, q: Array):
+    # Several noisy versions of a block may share a history; scoring is linear in the queries.
+    q = einops.reduce(q, '(b g) t n h -> b t n h', 'mean', b=layer.sink.k.shape[0])
+    selected = cache_lib.select(layer, q, blocks, spec=spec)
+    context = cache_lib.context(layer, selected, blocks, layout, spec=spec)
+    return context, (selected, context)
+
+  return context_fn
+
+
+def reuse_history(context: Segment, q: Array) -> tuple[Segment, PyTree]:
+  """Context function of all later passes: the history is already packed."""
+  del q
+  return context, None
+
+
+def denoise_step(models: Models, x_t: Array, sigma, sigma_next, noise: Array, text: KeyValues, *,
+                 slices: PyTree, context_fn: ContextFn, solver: solver_lib.Solver
+                 ) -> tuple[Array, PyTree]:
+  """Moves one noisy block from level sigma to sigma_next; reads the history, writes nothing.
+
+  Args:
+    models: networks.
+    x_t: [B, F, h, w, C] at level `sigma`.
+    sigma: level in (0, 1], a scalar.
+    sigma_next: the next lower level, 0 at the end.
+    noise: fresh noise like x_t (used by `renoise` only).
+    text: cross-attention keys/values [L, B, rows, N, H].
+    slices: per-layer pytree for `context_fn`.
+    context_fn: `select_history(...)` in the first pass, `reuse_history` afterwards.
+    solver: 'euler' or 'renoise'.
+
+  Returns:
+    The block at `sigma_next`, and what `context_fn` passed out.
+  """
+  timesteps = jnp.broadcast_to(schedule.timestep(sigma), x_t.shape[:2])
+  out = models.transformer(x_t, timesteps, text, slices=slices, context_fn=context_fn)
+  return solver_lib.step(solver, x_t, out.flow, sigma, sigma_next, noise), out.aux
+
+
+def clean_pass(models: Models, latents: Array, lr_latents: Array, text: KeyValues, *,
+               slices: PyTree, context_fn: ContextFn) -> tuple[KeyValues, KeyValues, PyTree]:
+  """Keys/values of a finished block at both resolutions, in one pass at timestep 0.
+
+  The compressed version runs as a second stream beside the full one ("dual-resolution shifting"):
+  it sees the same history and itself, and the full-resolution stream never sees it.
+
+  Args:
+    models: networks.
+    latents: [B, F, h, w, C], clean.
+    lr_latents: [B, f, h', w', C], the re-encoded low-resolution pixels.
+    text: cross-attention keys/values.
+    slices: per-layer pytree for `context_fn`.
+    context_fn: how each layer gets its history.
+
+  Returns:
+    Keys/values [L, B, T, N, H] and [L, B, M, N, H], and what `context_fn` passed out.
+  """
+  timesteps = jnp.zeros(latents.shape[:2], jnp.float32)
+  out = models.transformer(latents, timesteps, text, slices=slices, context_fn=context_fn,
+                           compressed=models.compress(latents, lr_latents))
+  return out.keys_values, out.compressed, out.aux

@@ -1,0 +1,157 @@
+"""The rollout from Python: the same block functions, one block at a time, in constant memory.
+
+Four programs are compiled up front: denoise a block, finish the first block, finish a later one,
+switch the prompt. After that nothing compiles and nothing waits except the reader of a block.
+
+A block that was sampled before can be replayed: `finish` is the same program whether its latents
+and selection were just denoised or come from disk, so a resumed rollout continues bit for bit.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pf_jax.models.bundle import Models
+from pf_jax.rollout import block as block_lib
+from pf_jax.rollout.block import RolloutSpec, RolloutState
+from pf_jax.rollout.rollout import to_frames
+from pf_jax.types import Array, KeyValues, PyTree
+
+
+class Block(NamedTuple):
+  """One block as it leaves the stream.
+
+  Attributes:
+    index: its number.
+    frames: uint8 [B, T, H, W, 3].
+    latents: [B, F, h, w, C].
+    selected: [L, B, K] int32, archived blocks each layer attended, -1 for none.
+    replayed: True where latents and selection came from `replay`.
+    state: what the rollout remembers now; valid until the next block is asked for, which reuses
+      its buffers.
+  """
+
+  index: int
+  frames: Array
+  latents: Array
+  selected: Array
+  replayed: bool
+  state: RolloutState
+
+
+def _finish(models: Models, state: RolloutState, latents: Array, selected: Array, text: KeyValues,
+            *, first: bool, spec: RolloutSpec) -> tuple[RolloutState, Array]:
+  state, pixels = block_lib.finish_block(models, state, latents, selected, text, first=first,
+                                         spec=spec)
+  return state, to_frames(pixels)
+
+
+def _abstract(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+class Programs:
+  """The compiled programs of a rollout at one batch size.
+
+  Args:
+    models: networks; kept and passed to every call.
+    batch: videos that advance in lockstep.
+    spec: static choices.
+
+  Attributes:
+    compile_seconds: wall time spent compiling, per program.
+  """
+
+  def __init__(self, models: Models, batch: int, spec: RolloutSpec):
+    self.models, self.batch, self.spec = models, batch, spec
+    self._init = jax.jit(functools.partial(block_lib.init, batch=batch, spec=spec))
+    shapes = jax.eval_shape(self._init, models)
+    rows = models.spec.text.max_tokens
+    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
+    mask = jax.ShapeDtypeStruct((batch, rows), jnp.bool_)
+    encode = lambda m, ids, mask: m.text_keys_values(ids, mask)
+    text = jax.eval_shape(encode, models, ids, mask)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    denoise = functools.partial(block_lib.denoise_block, spec=spec)
+    latents, selected = jax.eval_shape(denoise, models, shapes.cache, text, keys)
+    finish = functools.partial(_finish, spec=spec)
+    switch = functools.partial(block_lib.switch_prompt, spec=spec)
+    abstract = _abstract(models)
+    block = (abstract, shapes, latents, selected, text)
+    self.compile_seconds: dict[str, float] = {}
+    self._text = self._compile('text', encode, (abstract, ids, mask))
+    self._start = self._compile('init', self._init, (abstract,))
+    self._denoise = self._compile('denoise', denoise, (abstract, shapes.cache, text, keys))
+    self._first = self._compile('first', functools.partial(finish, first=True), block, donate=1)
+    self._steady = self._compile('steady', functools.partial(finish, first=False), block, donate=1)
+    self._switch = self._compile('switch', switch, (abstract, shapes, text), donate=1)
+
+  def _compile(self, name: str, function, arguments: tuple, donate: int | None = None):
+    start = time.perf_counter()
+    donated = () if donate is None else (donate,)
+    compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    self.compile_seconds[name] = time.perf_counter() - start
+    return compiled
+
+  @property
+  def scratch_bytes(self) -> int:
+    """Largest temporary memory of any program, as the compiler planned it."""
+    plans = [p.memory_analysis() for p in (self._denoise, self._first, self._steady, self._switch)]
+    return max((plan.temp_size_in_bytes for plan in plans if plan), default=0)
+
+  def encode_text(self, ids: Array, mask: Array) -> KeyValues:
+    """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]."""
+    return self._text(self.models, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.bool_))
+
+  def start(self) -> RolloutState:
+    """The state before the first block."""
+    return self._start(self.models)
+
+  def denoise(self, state: RolloutState, text: KeyValues, keys: Array) -> tuple[Array, Array]:
+    """Latents and selection of the next block; see `block.denoise_block`."""
+    return self._denoise(self.models, state.cache, text, keys)
+
+  def finish(self, index: int, state: RolloutState, latents: Array, selected: Array,
+             text: KeyValues) -> tuple[RolloutState, Array]:
+    """Next state and uint8 frames; consumes `state`. See `block.finish_block`."""
+    program = self._steady if index else self._first
+    return program(self.models, state, latents, selected, text)
+
+  def switch(self, state: RolloutState, text: KeyValues) -> RolloutState:
+    """Recomputes the recent blocks under another prompt; consumes `state`."""
+    return self._switch(self.models, state, text)
+
+
+def stream(programs: Programs, text: Sequence[KeyValues], prompt_index: Sequence[int],
+           keys: Array, *, replay: Sequence[tuple[Array, Array]] = ()) -> Iterator[Block]:
+  """Yields a video block by block; memory does not grow with its length.
+
+  Args:
+    programs: compiled for this batch.
+    text: cross-attention keys/values of each prompt.
+    prompt_index: the prompt of each block; its length is the length of the video.
+    keys: [B] typed random keys, one per video.
+    replay: (latents, selection) of the first blocks, if they were sampled before (or encoded from a
+      clip, with a selection of -1 throughout); they are decoded and committed without denoising.
+
+  Yields:
+    `Block`, one by one.
+
+  Raises:
+    ValueError: more blocks to replay than the video has.
+  """
+  if len(replay) > len(prompt_index):
+    raise ValueError(f'{len(replay)} blocks to replay do not fit into {len(prompt_index)} blocks; '
+                     f'ask for a longer video.')
+  state = programs.start()
+  for index, prompt in enumerate(prompt_index):
+    if index and prompt != prompt_index[index - 1]:
+      state = programs.switch(state, text[prompt])
+    replayed = index < len(replay)
+    latents, selected = replay[index] if replayed else programs.denoise(state, text[prompt], keys)
+    state, frames = programs.finish(index, state, latents, selected, text[prompt])
+    yield Block(index, frames, latents, selected, replayed, state)

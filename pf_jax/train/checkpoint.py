@@ -1,0 +1,314 @@
+"""Checkpoints that are either whole and verified, or not used.
+
+Orbax writes asynchronously and commits by an atomic rename, so a kill never leaves a torn step.
+It does not notice flipped bits in array files, though: after each commit a manifest with the
+CRC-32 of every file is written, and checked before a restore. A damaged step is reported loudly
+and the one before it is used.
+
+Layout: `<workdir>/checkpoints/<step>/{params,ema,opt_state,counters,meta}` and
+`<workdir>/checkpoints/manifests/<step>.json`.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pf_jax import outputs
+from pf_jax.train.state import TrainState, path_names
+
+PyTree = Any
+
+_CHUNK = 1 << 20
+_ITEMS = ('params', 'ema', 'opt_state', 'counters')
+_SHOWN_MISMATCHES = 20
+
+
+class CheckpointMismatch(ValueError):
+  """The checkpoint holds other arrays than the run asks for."""
+
+
+class CheckpointDamaged(RuntimeError):
+  """No step of the directory can be restored."""
+
+
+def _warn(message: str) -> None:
+  print(f'CHECKPOINT WARNING: {message}', file=sys.stderr, flush=True)
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+  """Leaves by slash-separated path; leaves without elements (Orbax refuses them) left out."""
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jnp.size(leaf):
+      leaves['/'.join(path_names(path))] = leaf
+  return leaves
+
+
+def _fill(template: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+  def pick(path: tuple[Any, ...], leaf: Any) -> Any:
+    return leaves['/'.join(path_names(path))] if jnp.size(leaf) else leaf
+
+  return jax.tree_util.tree_map_with_path(pick, template)
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, list]:
+  return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
+
+
+def crc32_of(path: pathlib.Path) -> int:
+  """CRC-32 of a file's bytes."""
+  value = 0
+  with open(path, 'rb') as stream:
+    while chunk := stream.read(_CHUNK):
+      value = zlib.crc32(chunk, value)
+  return value
+
+
+def _files(step_dir: pathlib.Path) -> dict[str, pathlib.Path]:
+  return {str(p.relative_to(step_dir)): p for p in sorted(step_dir.rglob('*')) if p.is_file()}
+
+
+def compare_shapes(saved: Mapping[str, list], wanted: Mapping[str, list]) -> list[str]:
+  """One line per array that is missing, unexpected, or of another shape or dtype."""
+  lines = [f'{name}: missing in the checkpoint (wanted {wanted[name][1]}{wanted[name][0]})'
+           for name in sorted(set(wanted) - set(saved))]
+  lines += [f'{name}: in the checkpoint ({saved[name][1]}{saved[name][0]}), not in this run'
+            for name in sorted(set(saved) - set(wanted))]
+  lines += [f'{name}: checkpoint has {saved[name][1]}{saved[name][0]}, '
+            f'this run wants {wanted[name][1]}{wanted[name][0]}'
+            for name in sorted(set(saved) & set(wanted)) if list(saved[name]) != list(wanted[name])]
+  return lines
+
+
+def _to_items(state: TrainState) -> dict[str, dict[str, Any]]:
+  items = {
+      'params': named_leaves(state.params), 'ema': named_leaves(state.ema),
+      'opt_state': named_leaves(state.opt_state),
+      'counters': {'step': state.step, 'rng': jax.random.key_data(state.rng),
+                   'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}}
+  return {name: leaves for name, leaves in items.items() if leaves}
+
+
+def _from_items(template: TrainState, items: Mapping[str, Mapping[str, Any]]) -> TrainState:
+  counters = items['counters']
+  return TrainState(
+      step=counters['step'], params=_fill(template.params, items['params']),
+      opt_state=_fill(template.opt_state, items.get('opt_state', {})),
+      ema=_fill(template.ema, items.get('ema', {})),
+      rng=jax.random.wrap_key_data(counters['rng'], impl=jax.random.key_impl(template.rng)),
+      skipped=counters['skipped'], skipped_in_a_row=counters['skipped_in_a_row'])
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
+
+
+class Checkpoints:
+  """The checkpoints of one run directory. Use as a context manager."""
+
+  def __init__(self, workdir: str | os.PathLike, *, keep: int = 3,
+               warn: Callable[[str], None] = _warn):
+    """Opens (and creates) the directory; leftovers of killed saves are removed.
+
+    Args:
+      workdir: the run's directory.
+      keep: newest steps to keep; at least 2, so that a damaged one can be survived.
+      warn: receives messages about damaged or unverified steps.
+
+    Raises:
+      ValueError: `keep` is below 2.
+    """
+    if keep < 2:
+      raise ValueError(f'{keep=} is too few; keep at least 2, so that a damaged step has a '
+                       'predecessor to fall back to.')
+    import orbax.checkpoint as ocp  # imported late: it costs more than a second
+    self._ocp = ocp
+    self._warn = warn
+    self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
+    self._manifests = self.directory / 'manifests'
+    self._manifests.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, step_format_fixed_length=8,
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifests))
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  def _step_dir(self, step: int) -> pathlib.Path:
+    return self.directory / f'{step:08d}'
+
+  def _manifest(self, step: int) -> pathlib.Path:
+    return self._manifests / f'{step:08d}.json'
+
+  def _committed(self) -> list[int]:
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+  def _write_manifests(self) -> None:
+    """Runs on Orbax's thread after a commit; also forgets manifests of deleted steps."""
+    steps = self._committed()
+    for step in steps:
+      if not self._manifest(step).exists():
+        files = _files(self._step_dir(step))
+        sums = {name: [path.stat().st_size, crc32_of(path)] for name, path in files.items()}
+        outputs.write_json(self._manifest(step), {'algorithm': 'crc32', 'files': sums})
+    for path in self._manifests.glob('*.json'):
+      if path.stem.isdigit() and int(path.stem) not in steps:
+        path.unlink(missing_ok=True)
+
+  def steps(self) -> list[int]:
+    """Committed steps, oldest first."""
+    return self._committed()
+
+  def save(self, state: TrainState, *, meta: Mapping[str, Any] | None = None) -> None:
+    """Starts an asynchronous save; the arrays are copied first, so the state may be donated.
+
+    Args:
+      state: the state after `state.step` steps.
+      meta: JSON-able extras kept beside the arrays (the data position, say).
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():  # counts a save in flight, too
+      return
+    items = _to_items(state)
+    about = {**(meta or {}), 'step': step,
+             'shapes': {name: _shapes(leaves) for name, leaves in items.items()}}
+    save = self._ocp.args
+    self._manager.save(step, force=True, args=save.Composite(
+        meta=save.JsonSave(about), **{n: save.StandardSave(v) for n, v in items.items()}))
+
+  def wait(self) -> None:
+    """Blocks until the last save is committed and its manifest written."""
+    self._manager.wait_until_finished()
+    self._write_manifests()
+
+  def damage(self, step: int) -> str:
+    """Compares a step's files with its manifest; '' when they agree, else what is wrong."""
+    manifest = self._manifest(step)
+    if not manifest.exists():
+      self._warn(f'step {step} has no manifest (the run ended between commit and manifest); '
+                 'its bytes cannot be verified.')
+      return ''
+    try:
+      expected = json.loads(manifest.read_text())['files']
+    except (ValueError, KeyError) as error:
+      return f'manifest unreadable ({error})'
+    found = _files(self._step_dir(step))
+    for name, (size, crc) in expected.items():
+      if name not in found:
+        return f'{name} is missing'
+      if found[name].stat().st_size != size or crc32_of(found[name]) != crc:
+        return f'{name} differs from its checksum'
+    return ''
+
+  def _load(self, step: int, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Restores the wanted items of one step onto the placement of the given leaves."""
+    args = self._ocp.args
+    meta = dict(self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))['meta'])
+    saved = meta['shapes']
+    lines = [f'{item}/{line}' for item, leaves in wanted.items()
+             for line in compare_shapes(saved.get(item, {}), _shapes(leaves))]
+    if lines:
+      more = f'\n  ... and {len(lines) - _SHOWN_MISMATCHES} more' * (
+          len(lines) > _SHOWN_MISMATCHES)
+      raise CheckpointMismatch(
+          f'{self._step_dir(step)} does not fit this configuration:\n  '
+          + '\n  '.join(lines[:_SHOWN_MISMATCHES]) + more
+          + '\nUse the configuration it was made with, or another workdir.')
+    restored = self._manager.restore(step, args=args.Composite(**{
+        item: args.StandardRestore({n: _abstract(leaf) for n, leaf in leaves.items()})
+        for item, leaves in wanted.items()}))
+    return {**{item: restored[item] for item in wanted}, 'meta': meta}
+
+  def _newest_good(self, wanted: Mapping[str, Mapping[str, Any]],
+                   step: int | None) -> dict[str, Any] | None:
+    steps = [step] if step is not None else self._committed()[::-1]
+    problems = []
+    for candidate in steps:
+      problem = self.damage(candidate)
+      if not problem:
+        try:
+          return self._load(candidate, wanted)
+        except CheckpointMismatch:
+          raise
+        except Exception as error:  # Orbax raises many kinds on a damaged step
+          problem = f'{type(error).__name__}: {error}'
+      problems.append(f'step {candidate}: {problem}')
+      self._warn(f'step {candidate} is damaged ({problem}); falling back to the step before it.')
+    if problems:
+      raise CheckpointDamaged(
+          f'no restorable checkpoint in {self.directory}: ' + '; '.join(problems)
+          + '. Start again in another workdir.')
+    return None
+
+  def restore(self, template: TrainState, *,
+              step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restores the newest undamaged step, or None when there is no checkpoint yet.
+
+    Args:
+      template: a state of the wanted structure, dtypes and placement (values are ignored).
+      step: this step only.
+
+    Returns:
+      The state and the `meta` it was saved with. Steps newer than it are deleted (they are
+      damaged, and the run is about to write them again).
+
+    Raises:
+      CheckpointMismatch: shapes, dtypes or names differ; all differences are listed.
+      CheckpointDamaged: steps exist but none can be restored.
+    """
+    found = self._newest_good(_to_items(template), step)
+    if found is None:
+      return None
+    for newer in [s for s in self._committed() if s > found['meta']['step']]:
+      self._manager.delete(newer)
+      self._manifest(newer).unlink(missing_ok=True)
+    return _from_items(template, found), found['meta']
+
+  def close(self) -> None:
+    """Finishes pending saves and releases Orbax's threads."""
+    self.wait()
+    self._manager.close()
+
+
+def load_params(workdir: str | os.PathLike, template: PyTree, *, ema: bool = True,
+                step: int | None = None) -> PyTree:
+  """Loads only the parameters of a finished or running training, for the next stage.
+
+  Args:
+    workdir: the training's directory.
+    template: parameters of the wanted structure (values are ignored).
+    ema: prefer the moving average where the run kept one.
+    step: default newest.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointMismatch: the arrays do not fit the template.
+    CheckpointDamaged: steps exist but none can be restored.
+  """
+  if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
+    raise FileNotFoundError(f'{workdir} holds no checkpoints; train there first.')
+  with Checkpoints(workdir) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise FileNotFoundError(f'{workdir} holds no finished checkpoint; train there first.')
+    newest = checkpoints._step_dir(step if step is not None else steps[-1])
+    item = 'ema' if ema and (newest / 'ema').is_dir() else 'params'
+    found = checkpoints._newest_good({item: named_leaves(template)}, step)
+  return _fill(template, found[item]) if found else template
+
+
+def tree_bytes(tree: PyTree) -> int:
+  """Bytes of all array leaves."""
+  return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,245 @@
+"""The training loop every stage uses: lock, resume, step, log, save, stop cleanly."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pf_jax import outputs
+from pf_jax.train.checkpoint import Checkpoints
+from pf_jax.train.config import TrainConfig
+from pf_jax.train.metrics import MetricWriter, Progress
+from pf_jax.train.state import Objective, TrainState, init_state, make_optimizer
+from pf_jax.train.step import make_train_step
+
+PyTree = Any
+
+
+class NonFiniteTraining(RuntimeError):
+  """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+  """How a run ended.
+
+  Attributes:
+    state: the last state.
+    step: steps done.
+    interrupted: a signal ended the run before `config.steps`; it can be resumed.
+    metrics: the last logged training metrics.
+    compile_seconds: wall time of the first step, which compiles.
+  """
+
+  state: TrainState
+  step: int
+  interrupted: bool
+  metrics: dict[str, float]
+  compile_seconds: float
+
+
+@contextlib.contextmanager
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[threading.Event]:
+  """Turns SIGTERM and SIGINT into an event, so that the step at hand ends and is saved.
+
+  Further signals only repeat the notice: they cannot damage the save. Outside the main thread
+  (where Python cannot handle signals) nothing is installed.
+  """
+  stop = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+
+  def handle(number: int, frame: Any) -> None:
+    del frame
+    stop.set()
+    # os.write, not print: a handler may interrupt a print that holds the stream's lock.
+    os.write(2, f'\n{signal.Signals(number).name}: saving, then exiting.\n'.encode())
+
+  previous = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+class _Window:
+  """Metrics of the steps since the last record, still on the device."""
+
+  def __init__(self) -> None:
+    self.steps: list[dict[str, jax.Array]] = []
+    self.since = time.monotonic()
+
+  def fetch(self) -> dict[str, float]:
+    """Waits for the device; means over finite steps, counters as they are now."""
+    rows = jax.device_get(self.steps)
+    seconds = time.monotonic() - self.since
+    values: dict[str, float] = {}
+    for name in rows[0]:
+      column = np.array([row[name] for row in rows], np.float64)
+      if name == 'skipped':
+        values[name] = float(column[-1])
+      elif name == 'skipped_in_a_row':
+        values[name] = float(column.max())
+      else:
+        finite = column[np.isfinite(column)]
+        values[name] = float(finite.mean()) if finite.size else float('nan')
+    values['steps_per_second'] = len(rows) / max(seconds, 1e-9)
+    self.steps, self.since = [], time.monotonic()
+    return values
+
+
+@dataclasses.dataclass
+class _Run:
+  """The parts of a run in progress; `fit` assembles them, `_train` drives them."""
+
+  config: TrainConfig
+  state: TrainState
+  train_step: Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+  checkpoints: Checkpoints
+  writer: MetricWriter
+  progress: Progress
+  stop: threading.Event
+  evaluate: Callable[[PyTree, int], Mapping[str, float]] | None
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  compile_seconds: float = 0.0
+
+  def save(self, step: int) -> None:
+    self.checkpoints.save(self.state, meta={'data_position': step})
+
+  def log(self, step: int, window: _Window) -> None:
+    self.metrics = window.fetch()
+    self.writer.write(step, self.metrics)
+    self.progress.show({n: self.metrics[n] for n in ('loss', 'grad_norm', 'steps_per_second')})
+    in_a_row = self.metrics['skipped_in_a_row']
+    if in_a_row >= self.config.max_skipped_in_a_row:
+      raise NonFiniteTraining(
+          f'{in_a_row:.0f} steps in a row up to step {step} had a loss or gradient that is not '
+          f'finite (limit {self.config.max_skipped_in_a_row}); the parameters are those before '
+          'them. Lower the learning rate or look at the data of these steps.')
+    if in_a_row:
+      self.progress.say(f'step {step}: {self.metrics["skipped"]:.0f} steps skipped so far '
+                        '(loss or gradient not finite).')
+
+  def run_evaluation(self, step: int) -> None:
+    if self.evaluate is None:
+      return
+    params = self.state.params if self.state.ema is None else self.state.ema
+    values = {name: float(value) for name, value in self.evaluate(params, step).items()}
+    self.writer.write(step, values, kind='eval')
+    self.progress.say(f'step {step}: ' + ' '.join(f'{n}={v:.4g}' for n, v in values.items()))
+
+
+def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) -> int:
+  """Steps until the end or a signal; returns the steps done."""
+  config, step = run.config, start
+  stream = iter(batches(start)) if start < config.steps else iter(())
+  window = _Window()
+  while step < config.steps and not run.stop.is_set():
+    began = time.monotonic()
+    batch = next(stream, None)
+    if batch is None:
+      raise ValueError(f'the batches ended at {step=} of {config.steps}; a source must go on for '
+                       'ever, or lower steps.')
+    run.state, metrics = run.train_step(run.state, batch)
+    if step == start:
+      jax.block_until_ready(metrics['loss'])
+      run.compile_seconds = time.monotonic() - began
+      window.since = time.monotonic()
+    window.steps.append(metrics)
+    step += 1
+    if step % config.log_every == 0 or step == config.steps:
+      run.log(step, window)
+    run.progress.update()
+    if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+      run.run_evaluation(step)
+      window.since += 0 if window.steps else time.monotonic() - window.since
+    if step % config.save_every == 0:
+      run.save(step)
+  if window.steps:
+    run.log(step, window)
+  return step
+
+
+def _labels(objective: Objective, params: PyTree) -> PyTree:
+  if hasattr(objective, 'param_groups'):
+    return objective.param_groups(params)
+  return jax.tree.map(lambda leaf: 'all', params)
+
+
+def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config: TrainConfig,
+        workdir: str | os.PathLike, *,
+        evaluate: Callable[[PyTree, int], Mapping[str, float]] | None = None,
+        say: Callable[[str], None] | None = None) -> FitResult:
+  """Trains to `config.steps`, resuming from the directory's newest good checkpoint.
+
+  A killed and resumed run ends in the same bits as an uninterrupted one, on the same machine
+  with the same library versions: batches and randomness are functions of the step alone.
+
+  Args:
+    objective: parameters and loss; see `Objective`.
+    batches: batches(step) iterates the batches of steps step, step + 1, ...; the batch of a step
+      may depend on nothing else.
+    config: length, logging, optimizer.
+    workdir: run directory, locked while the run lasts.
+    evaluate: evaluate(params, step) -> scalars, on the averaged parameters if there are any.
+    say: receives notices; default: the progress display.
+
+  Returns:
+    The final state, and whether a signal cut the run short (saved, resumable).
+
+  Raises:
+    DirectoryInUse: another run holds `workdir`.
+    CheckpointMismatch, CheckpointDamaged: the directory's checkpoints cannot be used.
+    NonFiniteTraining: see `TrainConfig.max_skipped_in_a_row`; the last state is saved first.
+  """
+  with contextlib.ExitStack() as stack:
+    notices = say or print
+    workdir = stack.enter_context(outputs.claim_directory(workdir, say=notices))
+    stop = stack.enter_context(stop_on_signal(notices))
+    checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.keep))
+    run = _prepare(objective, config, workdir, checkpoints, stop, stack, evaluate, notices)
+    start = int(run.state.step)
+    try:
+      step = _train(run, batches, start)
+    finally:
+      # Also after NonFiniteTraining: a not-finite step leaves the parameters as they were.
+      # An error inside the compiled step may have consumed its donated input.
+      if not run.state.step.is_deleted():
+        run.save(int(run.state.step))
+    checkpoints.wait()
+    interrupted = step < config.steps
+    if interrupted:
+      run.progress.say(f'stopped at step {step} of {config.steps}; the same command resumes.')
+    return FitResult(run.state, step, interrupted, run.metrics, run.compile_seconds)
+
+
+def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
+             checkpoints: Checkpoints, stop: threading.Event, stack: contextlib.ExitStack,
+             evaluate: Callable[[PyTree, int], Mapping[str, float]] | None,
+             notices: Callable[[str], None]) -> _Run:
+  """Builds or restores the state and opens the writers."""
+  params = objective.init(config.seed)
+  labels = _labels(objective, params)
+  axes = objective.muon_axes(params) if hasattr(objective, 'muon_axes') else None
+  optimizer = make_optimizer(config.optimizer, config.steps, params, labels, axes)
+  state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0)
+  if (restored := checkpoints.restore(state)) is not None:
+    state = restored[0]
+    notices(f'resuming {workdir} at step {int(state.step)} of {config.steps}.')
+  start = int(state.step)
+  writer = MetricWriter(workdir, start_step=start)
+  stack.callback(writer.close)
+  progress = Progress(config.steps, min(start, config.steps))
+  stack.callback(progress.close)
+  train_step = make_train_step(objective, optimizer, labels, config.ema_decay)
+  return _Run(config, state, train_step, checkpoints, writer, progress, stop, evaluate)

@@ -1,0 +1,75 @@
+"""One optimizer step: loss, gradients per group, update, average; skipped when not finite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pf_jax.train.state import Objective, TrainState
+
+Array = jax.Array
+PyTree = Any
+
+
+def group_norms(tree: PyTree, labels: PyTree) -> dict[str, Array]:
+  """Euclidean norm of each labelled group of leaves, float32 []."""
+  squares: dict[str, Array] = {}
+  for label, leaf in zip(jax.tree.leaves(labels), jax.tree.leaves(tree), strict=True):
+    square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    squares[label] = squares.get(label, jnp.zeros(())) + square
+  return {label: jnp.sqrt(square) for label, square in sorted(squares.items())}
+
+
+def _average(ema: PyTree, params: PyTree, decay: float, step: Array) -> PyTree:
+  """Moves the average towards `params`; young averages move faster, or they stay at the start."""
+  if ema is None:
+    return None
+  young = (1.0 + step) / (10.0 + step)
+  keep = jnp.minimum(decay, young)
+  return jax.tree.map(lambda a, p: (keep * a + (1.0 - keep) * p).astype(a.dtype), ema, params)
+
+
+def make_train_step(objective: Objective, optimizer: optax.GradientTransformation,
+                    labels: PyTree, ema_decay: float,
+                    ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Array]]]:
+  """Compiles the step. It donates the state: keep using the returned one only.
+
+  A step whose loss or gradient is not finite changes nothing but the counters, so parameters,
+  moments and average stay finite whatever a batch does.
+
+  Args:
+    objective: the loss.
+    optimizer: from `make_optimizer`.
+    labels: group name of each parameter leaf.
+    ema_decay: decay of the parameter average (unused when the state has none).
+
+  Returns:
+    A jitted (state, batch) -> (state, metrics); metrics are float32 scalars on the device.
+  """
+
+  def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(state.rng, state.step)
+    (loss, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(
+        state.params, batch, key)
+    norms = group_norms(gradients, labels)
+    total = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
+    finite = jnp.isfinite(loss) & jnp.isfinite(total)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = _average(state.ema, params, ema_decay, state.step)
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(
+        lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old)
+    skip = (~finite).astype(jnp.int32)
+    in_a_row = (state.skipped_in_a_row + 1) * skip
+    new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema,
+                           rng=state.rng, skipped=state.skipped + skip, skipped_in_a_row=in_a_row)
+    by_group = {f'grad_norm/{name}': norm for name, norm in norms.items()}
+    metrics = {'loss': loss, **metrics, 'grad_norm': total,
+               **(by_group if len(norms) > 1 else {}),
+               'skipped': new_state.skipped, 'skipped_in_a_row': in_a_row}
+    return new_state, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
+
+  return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,154 @@
+"""Plots: training curves, and the life of every block in the cache.
+
+All functions draw with matplotlib's file backend and return uint8 pictures, so they behave alike
+in scripts, tests and notebooks.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_DPI = 120
+
+
+class Partition(enum.IntEnum):
+  """Where a block's keys and values are while another block is generated."""
+
+  ABSENT = 0  # not generated yet
+  SINK = 1
+  SELECTED = 2  # compressed, in the archive, chosen by this block
+  ARCHIVED = 3  # compressed, in the archive, not chosen
+  PENDING = 4  # compressed, waiting to enter the archive
+  RECENT = 5
+  GENERATED = 6  # the block being generated
+  EVICTED = 7
+
+
+# Distinguishable in print and for colour-blind readers.
+_COLOURS = {
+    Partition.ABSENT: '#ffffff', Partition.SINK: '#1b4f8f', Partition.SELECTED: '#e08214',
+    Partition.ARCHIVED: '#fdd9a5', Partition.PENDING: '#b2abd2', Partition.RECENT: '#35978f',
+    Partition.GENERATED: '#111111', Partition.EVICTED: '#e4e4e4'}
+_NAMES = {
+    Partition.SINK: 'sink', Partition.SELECTED: 'mid, selected',
+    Partition.ARCHIVED: 'mid, archived', Partition.PENDING: 'pending', Partition.RECENT: 'recent', Partition.GENERATED: 'generated',
+    Partition.EVICTED: 'evicted'}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), dpi=_DPI, layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _pixels(figure: Any) -> np.ndarray:
+  figure.canvas.draw()
+  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def cache_timeline(states: np.ndarray, *, title: str = '', width: float = 9.0,
+                   height: float = 6.0) -> np.ndarray:
+  """Where each block was (rows) while each block was generated (columns).
+
+  Args:
+    states: [generated blocks, blocks] of `Partition` values.
+    title: shown above.
+    width: inches.
+    height: inches.
+
+  Returns:
+    uint8 [height, width, 3].
+
+  Raises:
+    ValueError: not a 2-D array of `Partition` values.
+  """
+  states = np.asarray(states)
+  if states.ndim != 2 or not np.isin(states, [int(p) for p in Partition]).all():
+    raise ValueError(f'states of shape {states.shape} must be [generated, blocks] with values of '
+                     'Partition.')
+  from matplotlib.colors import ListedColormap
+  from matplotlib.patches import Patch
+
+  figure, axes = _figure(width, height)
+  axis = axes[0, 0]
+  colours = ListedColormap([_COLOURS[p] for p in Partition])
+  axis.imshow(states.T, origin='lower', aspect='auto', interpolation='nearest', cmap=colours,
+              vmin=-0.5, vmax=len(Partition) - 0.5)
+  axis.set_xlabel('block being generated')
+  axis.set_ylabel('block in memory')
+  axis.set_title(title, loc='left')
+  _grid_lines(axis, states.shape)
+  shown = [p for p in _NAMES if (states == p).any()]
+  axis.legend(handles=[Patch(facecolor=_COLOURS[p], edgecolor='#888888', label=_NAMES[p])
+                       for p in shown], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False)
+  return _pixels(figure)
+
+
+def _grid_lines(axis: Any, shape: tuple[int, ...]) -> None:
+  """Thin lines between the cells of small grids; whole-number ticks on all."""
+  from matplotlib.ticker import MaxNLocator
+
+  for side, count in ((axis.xaxis, shape[0]), (axis.yaxis, shape[1])):
+    side.set_major_locator(MaxNLocator(integer=True))
+    if max(shape) <= 40:
+      side.set_ticks(np.arange(-0.5, count), minor=True)
+  if max(shape) <= 40:
+    axis.grid(which='minor', color='white', linewidth=0.8)
+    axis.tick_params(which='minor', length=0)
+
+
+def _plain_log_labels(axis: Any) -> None:
+  """0.2, 0.5, 1, 2, 5, 10 instead of powers of ten."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+  axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+  axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+  axis.yaxis.set_minor_locator(NullLocator())
+
+
+def training_curves(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ('loss',), *,
+                    kind: str = 'train', log: bool = True, smooth: int = 1, title: str = ''
+                    ) -> np.ndarray:
+  """Curves of a `metrics.jsonl`, one panel per name.
+
+  Args:
+    records: from `pf_jax.train.metrics.read_metrics`.
+    names: which metrics.
+    kind: 'train' or 'eval'.
+    log: logarithmic vertical axis where all values are positive.
+    smooth: running mean over this many records, drawn over the raw curve.
+    title: shown above.
+
+  Returns:
+    uint8 [height, width, 3].
+
+  Raises:
+    ValueError: no record has one of the names.
+  """
+  figure, axes = _figure(1 + 4.2 * len(names), 3.4, 1, len(names))
+  for axis, name in zip(axes[0], names, strict=True):
+    points = [(r['step'], r[name]) for r in records
+              if r.get('kind', kind) == kind and r.get(name) is not None]
+    if not points:
+      known = sorted({key for r in records for key in r} - {'step', 'kind', 'time'})
+      raise ValueError(f'no {kind} record has {name!r}; there are {known}.')
+    steps, values = np.array(points, np.float64).T
+    smoothed = smooth > 1 and len(values) >= smooth
+    axis.plot(steps, values, color='#1b4f8f', linewidth=1, alpha=0.35 if smoothed else 1)
+    if smoothed:
+      mean = np.convolve(values, np.full(smooth, 1 / smooth), 'valid')
+      axis.plot(steps[(smooth - 1) // 2:][:len(mean)], mean, color='#1b4f8f', linewidth=1.6)
+    if log and (values > 0).all():
+      axis.set_yscale('log')
+      _plain_log_labels(axis)
+    axis.set_xlabel('step')
+    axis.set_title(name, loc='left')
+    axis.grid(alpha=0.3)
+  if title:
+    figure.suptitle(title)
+  return _pixels(figure)

@@ -1,0 +1,1 @@
+"""Released checkpoints <-> our modules, and the weights that ship with the package."""

@@ -1,0 +1,40 @@
+"""Settings shared by all tests."""
+
+import importlib.util
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Before JAX is imported: compiled programs are kept between runs, and nothing is downloaded.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('MPLBACKEND', 'agg')
+# Subprocesses of tests import the checkout, wherever they run.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+    part for part in (str(ROOT), os.environ.get('PYTHONPATH')) if part)
+
+# The oracles are installed by `make test-parity` only.
+_ORACLES = ('torch', 'diffusers', 'transformers')
+collect_ignore = [] if all(map(importlib.util.find_spec, _ORACLES)) else ['parity']
+
+
+def pytest_addoption(parser):
+  parser.addoption('--slow', action='store_true', help='also run tests marked slow')
+
+
+def pytest_collection_modifyitems(config, items):
+  skips = {}
+  if not config.getoption('--slow'):
+    skips['slow'] = pytest.mark.skip(reason='slow; give --slow to run it')
+  if any('gpu' in item.keywords for item in items):
+    import jax
+    if jax.default_backend() != 'gpu':
+      skips['gpu'] = pytest.mark.skip(reason='needs a GPU')
+  for item in items:
+    for marker, skip in skips.items():
+      if marker in item.keywords:
+        item.add_marker(skip)
