@@ -29,6 +29,7 @@ REQUIRED = [
     'av>=14',
     'einops>=0.8',
     'flax>=0.12.5,<0.14',
+    'ftfy>=6.2',
     'jax>=0.10.2,<0.13',
     'matplotlib>=3.9',
     'ml-collections>=1.0',

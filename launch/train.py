@@ -4,6 +4,7 @@ A killed or interrupted run continues when the same command is given again.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -32,7 +33,7 @@ def _train() -> int:
 
   stage_type, run = stages.STAGES[config.stage]
   fields = {name: config[name] for name in config if name not in ('stage', 'train')}
-  stage = build(stage_type, fields, 'config')
+  stage: Any = build(stage_type, fields, 'config')
   try:
     result = run(stage, train, flags.FLAGS.workdir)
   except (outputs.DirectoryInUse, CheckpointMismatch, CheckpointDamaged, NonFiniteTraining,

@@ -46,7 +46,8 @@ class DTypes:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if value not in ('float32', 'bfloat16'):
-        raise ValueError(f'{field.name}={value!r} is not a supported dtype; use float32 or bfloat16.')
+        raise ValueError(f'{field.name}={value!r} is not a supported dtype; use float32 or '
+                         f'bfloat16.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_name_reads_well_and_tells_prompts_apart():
 
 @pytest.mark.parametrize(('index', 'suffix'), [(-1, ''), (0, '/x'), (0, 'mp4'), (0, '.')])
 def test_bad_name_requests(index, suffix):
-  with pytest.raises(ValueError, match='index|suffix'):
+  with pytest.raises(ValueError, match=r'index|suffix'):
     outputs.output_name(index, 'x', suffix)
 
 

@@ -1,21 +1,28 @@
 """The PackForcing cache as pure functions over an immutable pytree of fixed shapes.
 
-  spec       CacheSpec: every size and choice, validated.
-  state      PackCache, init, and which block sits in which slot.
-  update     commit: append a block, age the oldest recent one into the archive, evict.
-  select     dynamic context selection, exact through key-sums.
-  positions  re-aligned ("packed") temporal positions.
-  context    the packed history that one block attends.
+spec       CacheSpec: every size and choice, validated.
+state      PackCache, init, and which block sits in which slot.
+update     commit: append a block, age the oldest recent one into the archive, evict.
+select     dynamic context selection, exact through key-sums.
+positions  re-aligned ("packed") temporal positions.
+context    the packed history that one block attends.
 """
 
 from pf_jax.cache.context import context
 from pf_jax.cache.positions import Layout, layout
 from pf_jax.cache.select import key_sum, scores, select
 from pf_jax.cache.spec import CacheSpec
-from pf_jax.cache.state import (LayerCache, PackCache, archive_ids, archived_blocks, init, recent_ids,
-                                sink_ids)
+from pf_jax.cache.state import (
+                                LayerCache,
+                                PackCache,
+                                archive_ids,
+                                archived_blocks,
+                                init,
+                                recent_ids,
+                                sink_ids,
+)
 from pf_jax.cache.update import commit, replace_recent
 
 __all__ = ['CacheSpec', 'LayerCache', 'Layout', 'PackCache', 'archive_ids', 'archived_blocks',
-           'commit', 'context', 'init', 'key_sum', 'layout', 'recent_ids', 'replace_recent', 'scores', 'select',
-           'sink_ids']
+           'commit', 'context', 'init', 'key_sum', 'layout', 'recent_ids', 'replace_recent',
+           'scores', 'select', 'sink_ids']

@@ -9,10 +9,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from pf_jax.kernels.rope import MidOffsets
+
 Selection = Literal['top_k', 'fifo']
 ScoreKeys = Literal['pre_rope', 'rope_no_slot_phase', 'absolute']
 Positions = Literal['packed', 'absolute']
-MidOffsets = Literal['center', 'start', 'native']
 
 
 def _choices(alias) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Noise levels of flow matching.
 
-  sigma in [0, 1] mixes: x_t = (1 - sigma) x0 + sigma noise;  timestep = 1000 sigma feeds the network.
+  sigma in [0, 1] mixes: x_t = (1 - sigma) x0 + sigma noise; timestep = 1000 sigma feeds the
+  network.
   shift s moves levels towards noise: sigma' = s sigma / (1 + (s - 1) sigma).
 
 Source: Wan2.1 and Self-Forcing. The few-step student is trained at 1000, 750, 500, 250, which shift

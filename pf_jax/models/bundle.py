@@ -28,11 +28,11 @@ class ModelSpec:
   text: TextSpec
   transformer: TransformerSpec
   compressor: CompressorSpec
-  mid_offsets: str = 'center'
+  mid_offsets: rope.MidOffsets = 'center'
 
   def __post_init__(self):
     video, dit = self.video, self.transformer
-    pairs = {
+    pairs: dict[str, dict[str, Any]] = {
         'latent channels': {'video': video.latent_channels, 'vae': self.vae.latent_channels,
                             'transformer in': dit.in_channels, 'transformer out': dit.out_channels,
                             'compressor': self.compressor.in_channels},

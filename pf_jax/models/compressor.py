@@ -159,8 +159,8 @@ class Compressor(nnx.Module):
     """
     hr = einops.rearrange(self.hr(latents), 'b f h w d -> b (f h w) d')
     if hr.shape != lr_tokens.shape:
-      raise ValueError(f'the HR branch gives tokens {hr.shape} and the LR branch {lr_tokens.shape}; '
-                       f'both must cover the same block.')
+      raise ValueError(f'the HR branch gives tokens {hr.shape} and the LR branch '
+                       f'{lr_tokens.shape}; both must cover the same block.')
     use = self.spec.branches
     return (jnp.where(use in ('both', 'hr'), hr, 0).astype(jnp.float32)
             + jnp.where(use in ('both', 'lr'), lr_tokens, 0).astype(jnp.float32))
@@ -168,5 +168,5 @@ class Compressor(nnx.Module):
 
 def crop_to_patches(latents: Array, mid_grid: tuple[int, int, int],
                     patch: tuple[int, int, int]) -> Array:
-  """Drops the latent rows and columns that do not fill a patch: 15 x 26 -> 14 x 26 at full scale."""
+  """Drops latent rows and columns that do not fill a patch: 15 x 26 -> 14 x 26 at full scale."""
   return latents[:, :, :mid_grid[1] * patch[1], :mid_grid[2] * patch[2]]

@@ -317,7 +317,8 @@ class CausalTransformer(nnx.Module):
     if sizes['h'] % spec.patch[1] or sizes['w'] % spec.patch[2] or sizes['f'] % spec.patch[0]:
       raise ValueError(f'latents of {sizes["f"]}x{sizes["h"]}x{sizes["w"]} do not divide into '
                        f'patches of {spec.patch}; use pixels in multiples of stride x patch.')
-    grid = tuple(sizes[name] // size for name, size in zip('fhw', spec.patch, strict=True))
+    p, q, r = spec.patch
+    grid = sizes['f'] // p, sizes['h'] // q, sizes['w'] // r
     embedding, modulation = self._time(timesteps)
     streams = [Stream(self.patch_embedding(latents), modulation,
                       rope.rope_table(rope.block_positions(grid), spec.head_dim))]

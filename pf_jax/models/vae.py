@@ -120,7 +120,7 @@ class DecoderState(NamedTuple):
 
 
 class _Stream:
-  """Carries the slots through one pass: each temporal convolution takes its own and leaves a new one.
+  """Carries the slots through one pass: a temporal convolution takes its own, leaves a new one.
 
   Lives only while a pass is traced. Convolutions run in a fixed order, which is the slots' order.
 
@@ -138,6 +138,7 @@ class _Stream:
     """The last `frames` input frames of this convolution; zeros where the video starts."""
     if self.first:
       return jnp.zeros((like.shape[0], frames, *like.shape[2:]), like.dtype)
+    assert self._slots is not None
     return self._slots[len(self.kept)].astype(like.dtype)
 
   def keep(self, slot: Array) -> None:
@@ -253,7 +254,7 @@ class Downsample(nnx.Module):
   def __init__(self, width: int, temporal: bool, *, rngs: nnx.Rngs, **conv):
     self.conv = Conv((3, 3, width, width), rngs=rngs, **conv)
     self.time_conv = Conv((3, 1, 1, width, width), rngs=rngs, **conv) if temporal else None
-    if temporal:
+    if self.time_conv is not None:
       # Start as the mean of the two frames that are merged.
       self.time_conv.kernel[...] = jnp.stack([jnp.zeros((1, 1, width, width)),
                                               *2 * [jnp.eye(width)[None, None] / 2]])
@@ -276,7 +277,7 @@ class Upsample(nnx.Module):
 
   def __init__(self, width: int, temporal: bool, *, rngs: nnx.Rngs, **conv):
     self.time_conv = Conv((3, 1, 1, width, 2 * width), rngs=rngs, **conv) if temporal else None
-    if temporal:
+    if self.time_conv is not None:
       # Start as a repetition of the frame.
       eye = jnp.concatenate([jnp.eye(width)] * 2, axis=-1)[None, None]
       self.time_conv.kernel[...] = jnp.stack([0 * eye, 0 * eye, eye])
@@ -294,6 +295,7 @@ class Upsample(nnx.Module):
     return self.conv.apply(x)
 
   def _double_frames(self, x: Array, stream: _Stream) -> Array:
+    assert self.time_conv is not None
     batch, frames, height, width, channels = x.shape
     x = stream.extend(x, self.time_conv.kernel.shape[0] - 1)
     if not frames:
@@ -373,7 +375,7 @@ class WanVae(nnx.Module):
       rngs: source of the initial values (stream `params`).
       implementation: of the convolutions, see `pf_jax.kernels.conv3d`.
     """
-    conv = {'implementation': implementation}
+    conv: dict[str, Any] = {'implementation': implementation}
     channels = spec.latent_channels
     self.spec = spec
     self.encoder = Encoder(spec, rngs=rngs, **conv)
@@ -518,8 +520,8 @@ class WanVae(nnx.Module):
     # Frames beyond a whole latent frame would be dropped without a word.
     if first and (frames - 1) % stride:
       below = 1 + (frames - 1) // stride * stride
-      raise ValueError(f'{frames=}: the start of a video must be 1 + a multiple of {stride} frames, '
-                       f'or the rest would be lost; use {below} or {below + stride}.')
+      raise ValueError(f'{frames=}: the start of a video must be 1 + a multiple of {stride} '
+                       f'frames, or the rest would be lost; use {below} or {below + stride}.')
     if not first and (frames % stride or not frames):
       below = max(frames // stride, 1) * stride
       raise ValueError(f'{frames=}: a continuation must be a multiple of {stride} frames; use '

@@ -1,1 +1,1 @@
-"""Generation: a denoising step, a block, a whole rollout; the only place that commits to a cache."""
+"""Generation: a step, a block, a whole rollout; the only place that commits to a cache."""

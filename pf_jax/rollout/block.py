@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, PackCache
-from pf_jax.diffusion import schedule, solver as solver_lib
+from pf_jax.diffusion import schedule
+from pf_jax.diffusion import solver as solver_lib
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.vae import DecoderState
 from pf_jax.rollout import step
@@ -133,7 +134,7 @@ def denoise_block(models: Models, cache: PackCache, text: KeyValues, keys: Array
   sigmas = spec.sampler.sigmas
   x = block_noise(keys, cache.blocks, 0, shape)
   slices, context_fn = cache.layers, step.select_history(cache.blocks, layout, spec.cache)
-  selected = None
+  selected: Array | None = None
   for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
     noise = block_noise(keys, cache.blocks, index + 1, shape)
     with jax.named_scope(f'denoise_{index}'):
@@ -142,6 +143,7 @@ def denoise_block(models: Models, cache: PackCache, text: KeyValues, keys: Array
     if selected is None:
       selected, context = aux
       slices, context_fn = context, step.reuse_history
+  assert selected is not None  # a sampler has at least one pass
   return x, selected
 
 
@@ -159,8 +161,12 @@ def _remember(buffer: Array, value: Array, slot: Array) -> Array:
 def pack_history(cache: PackCache, selected: Array, spec: CacheSpec):
   """Context of all layers [L, B, S, N, H] for an earlier selection [L, B, K]."""
   layout = cache_lib.layout(cache.blocks, spec)
-  pack = lambda layer, chosen: cache_lib.context(layer, chosen, cache.blocks, layout, spec=spec)
-  return jax.lax.map(lambda xs: pack(*xs), (cache.layers, selected))
+
+  def pack(layer_and_choice):
+    layer, chosen = layer_and_choice
+    return cache_lib.context(layer, chosen, cache.blocks, layout, spec=spec)
+
+  return jax.lax.map(pack, (cache.layers, selected))
 
 
 def finish_block(models: Models, state: RolloutState, latents: Array, selected: Array,
@@ -224,10 +230,11 @@ def switch_prompt(models: Models, state: RolloutState, text: KeyValues, *, spec:
   cache, recent = state.cache, spec.cache.recent_blocks
   for order in range(recent):
     slot = (cache.blocks + order) % recent
-    take = lambda buffer, slot=slot: jax.lax.dynamic_index_in_dim(buffer, slot, 1, keepdims=False)
+    latents, lr_latents = (jax.lax.dynamic_index_in_dim(buffer, slot, 1, keepdims=False)
+                           for buffer in (state.recent_latents, state.recent_lr))
     layout = cache_lib.layout(cache.blocks, spec.cache, num_recent=order)
     block, compressed, _ = step.clean_pass(
-        models, take(state.recent_latents), take(state.recent_lr), text, slices=cache.layers,
+        models, latents, lr_latents, text, slices=cache.layers,
         context_fn=step.select_history(cache.blocks, layout, spec.cache))
     cache = cache_lib.replace_recent(cache, order, block, compressed, spec=spec.cache)
   return dataclasses.replace(state, cache=cache)

@@ -52,15 +52,19 @@ def rollout(models: Models, text: KeyValues, prompt_index: Array, keys: Array, *
   Returns:
     `RolloutOutput`.
   """
-  take = lambda index: jax.tree.map(lambda x: x[index], text)
+
+  def take(index: Array) -> KeyValues:
+    return jax.tree.map(lambda x: x[index], text)
+
   state = block_lib.init(models, keys.shape[0], spec)
   state, pixels, latents, selected = block_lib.sample_block(
       models, state, take(prompt_index[0]), keys, first=True, spec=spec)
 
   def body(state: RolloutState, prompts: tuple[Array, Array]):
     before, now = prompts
-    switched = lambda s: block_lib.switch_prompt(models, s, take(now), spec=spec)
-    state = jax.lax.cond(before != now, switched, lambda s: s, state)
+    state = jax.lax.cond(
+        before != now, lambda s: block_lib.switch_prompt(models, s, take(now), spec=spec),
+        lambda s: s, state)
     state, pixels, latents, selected = block_lib.sample_block(
         models, state, take(now), keys, first=False, spec=spec)
     return state, (to_frames(pixels), latents, selected)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, Layout
-from pf_jax.diffusion import schedule, solver as solver_lib
+from pf_jax.diffusion import schedule
+from pf_jax.diffusion import solver as solver_lib
 from pf_jax.kernels.attention import Segment
 from pf_jax.models.bundle import Models
 from pf_jax.models.transformer import ContextFn
@@ -80,4 +81,5 @@ def clean_pass(models: Models, latents: Array, lr_latents: Array, text: KeyValue
   timesteps = jnp.zeros(latents.shape[:2], jnp.float32)
   out = models.transformer(latents, timesteps, text, slices=slices, context_fn=context_fn,
                            compressed=models.compress(latents, lr_latents))
+  assert out.compressed is not None  # asked for above
   return out.keys_values, out.compressed, out.aux

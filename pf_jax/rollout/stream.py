@@ -26,7 +26,7 @@ class Block(NamedTuple):
   """One block as it leaves the stream.
 
   Attributes:
-    index: its number.
+    number: of the block, from 0.
     frames: uint8 [B, T, H, W, 3].
     latents: [B, F, h, w, C].
     selected: [L, B, K] int32, archived blocks each layer attended, -1 for none.
@@ -35,7 +35,7 @@ class Block(NamedTuple):
       its buffers.
   """
 
-  index: int
+  number: int
   frames: Array
   latents: Array
   selected: Array
@@ -73,8 +73,7 @@ class Programs:
     rows = models.spec.text.max_tokens
     ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch, rows), jnp.bool_)
-    encode = lambda m, ids, mask: m.text_keys_values(ids, mask)
-    text = jax.eval_shape(encode, models, ids, mask)
+    text = jax.eval_shape(Models.text_keys_values, models, ids, mask)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     denoise = functools.partial(block_lib.denoise_block, spec=spec)
     latents, selected = jax.eval_shape(denoise, models, shapes.cache, text, keys)
@@ -83,7 +82,7 @@ class Programs:
     abstract = _abstract(models)
     block = (abstract, shapes, latents, selected, text)
     self.compile_seconds: dict[str, float] = {}
-    self._text = self._compile('text', encode, (abstract, ids, mask))
+    self._text = self._compile('text', Models.text_keys_values, (abstract, ids, mask))
     self._start = self._compile('init', self._init, (abstract,))
     self._denoise = self._compile('denoise', denoise, (abstract, shapes.cache, text, keys))
     self._first = self._compile('first', functools.partial(finish, first=True), block, donate=1)

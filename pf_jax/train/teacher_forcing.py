@@ -23,7 +23,8 @@ from flax import nnx
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, Layout, PackCache
-from pf_jax.diffusion import flow as flow_lib, schedule
+from pf_jax.diffusion import flow as flow_lib
+from pf_jax.diffusion import schedule
 from pf_jax.models.bundle import Models
 from pf_jax.rollout import step
 from pf_jax.types import Array, KeyValues

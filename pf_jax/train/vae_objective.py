@@ -56,7 +56,7 @@ class VaeLossSpec:
 
 
 def psnr(pixels: Array, reconstruction: Array) -> Array:
-  """Peak signal-to-noise ratio in dB, float32 []; both in [-1, 1], the reconstruction is clamped."""
+  """Peak signal-to-noise ratio in dB, float32 []; pixels in [-1, 1], the reconstruction clamped."""
   error = jnp.mean(jnp.square(pixels - jnp.clip(reconstruction, -1, 1)))
   return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
 

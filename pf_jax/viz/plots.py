@@ -33,7 +33,8 @@ _COLOURS = {
     Partition.GENERATED: '#111111', Partition.EVICTED: '#e4e4e4'}
 _NAMES = {
     Partition.SINK: 'sink', Partition.SELECTED: 'mid, selected',
-    Partition.ARCHIVED: 'mid, archived', Partition.PENDING: 'pending', Partition.RECENT: 'recent', Partition.GENERATED: 'generated',
+    Partition.ARCHIVED: 'mid, archived', Partition.PENDING: 'pending',
+    Partition.RECENT: 'recent', Partition.GENERATED: 'generated',
     Partition.EVICTED: 'evicted'}
 
 

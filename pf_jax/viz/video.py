@@ -5,6 +5,7 @@ pictures (one second at most, by default one keyframe per `write` call) is a fra
 that is flushed to disk as soon as the next one starts.
 """
 
+import io
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,8 @@ class VideoWriter:
     self._shape = (height, width, 3)
     self.frames = 0
     try:
-      self._container = av.open(str(self.path), 'w', format='mp4', options=_CONTAINER)
+      self.path.touch()  # PyAV opens the file with the first frame, which would be late
+      self._container: Any = av.open(str(self.path), 'w', format='mp4', options=_CONTAINER)
     except OSError as error:
       raise ValueError(f'cannot create {self.path} ({error.strerror}); choose another directory.'
                        ) from error
@@ -208,6 +210,33 @@ class BatchVideoWriter:
       writer.close()
 
 
+def _open_readable(path: str | os.PathLike) -> Any:
+  """Opens a video; an MP4 cut off inside a fragment's header loses that header first."""
+  import av
+
+  try:
+    return av.open(str(path))
+  except av.error.InvalidDataError:
+    data = pathlib.Path(path).read_bytes()
+    end = _torn_fragment(data)
+    if end is None:
+      raise
+    return av.open(io.BytesIO(data[:end]))
+
+
+def _torn_fragment(data: bytes) -> int | None:
+  """Where an MP4's last box starts, if that box is an incomplete fragment header (`moof`)."""
+  start = 0
+  while start + 8 <= len(data):
+    size, kind = int.from_bytes(data[start:start + 4], 'big'), data[start + 4:start + 8]
+    if size < 8:
+      return None
+    if start + size > len(data):
+      return start if kind == b'moof' else None
+    start += size
+  return start if 0 < start < len(data) else None
+
+
 def iterate_video(path: str | os.PathLike) -> Iterator[np.ndarray]:
   """Yields the frames of a video, uint8 [H, W, 3], in constant memory.
 
@@ -219,7 +248,7 @@ def iterate_video(path: str | os.PathLike) -> Iterator[np.ndarray]:
   import av
 
   try:
-    container = av.open(str(path))
+    container = _open_readable(path)
   except (OSError, av.FFmpegError) as error:
     raise ValueError(f'cannot read {path} as video ({error.strerror}).') from error
   with container:
@@ -242,7 +271,6 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> Vid
   Raises:
     ValueError: not a video, or not a single whole frame in it.
   """
-  import av
 
   frames: list[np.ndarray] = []
   for frame in iterate_video(path):
@@ -251,6 +279,6 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> Vid
       break
   if not frames:
     raise ValueError(f'{path} holds no whole frame.')
-  with av.open(str(path)) as container:
+  with _open_readable(path) as container:
     rate = container.streams.video[0].average_rate or container.streams.video[0].base_rate
   return VideoClip(np.stack(frames), float(rate or 0))

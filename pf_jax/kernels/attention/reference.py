@@ -5,6 +5,7 @@ laid side by side. (One softmax over concatenated logits: its gradient costs 0.4
 running maximum over segments on a CPU.)
 """
 
+import functools
 from collections.abc import Sequence
 
 import einops
@@ -49,4 +50,4 @@ def attend(q: Array, segments: Sequence) -> Array:
   for segment in segments:
     begin, ends = ends, ends + segment.k.shape[1]
     parts.append(_weighted_values(weights[..., begin:ends], segment))
-  return sum(parts).astype(q.dtype)
+  return functools.reduce(jnp.add, parts).astype(q.dtype)

@@ -40,4 +40,4 @@ def conv3d(x: Array, kernel: Array, bias: Array, *, strides: tuple[int, int, int
   if padding is None:
     padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
   return IMPLEMENTATIONS[implementation](x, kernel.astype(x.dtype), bias.astype(x.dtype),
-                                         strides=tuple(strides), padding=padding)
+                                         strides=strides, padding=padding)

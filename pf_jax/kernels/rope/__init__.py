@@ -1,7 +1,15 @@
 """Three-axis rotary position embedding, split so that time can be re-aligned later."""
 
-from pf_jax.kernels.rope.reference import (RopeTable, block_positions, compressed_positions, rope_pairs, rope_table,
-                                           rotate, rotate_time)
+from pf_jax.kernels.rope.reference import (
+    MidOffsets,
+    RopeTable,
+    block_positions,
+    compressed_positions,
+    rope_pairs,
+    rope_table,
+    rotate,
+    rotate_time,
+)
 
-__all__ = ['RopeTable', 'block_positions', 'compressed_positions', 'rope_pairs', 'rope_table',
-           'rotate', 'rotate_time']
+__all__ = ['MidOffsets', 'RopeTable', 'block_positions', 'compressed_positions', 'rope_pairs',
+           'rope_table', 'rotate', 'rotate_time']

@@ -13,7 +13,7 @@ Source: Wan2.1 `rope_params`/`rope_apply` (facts: head size 128 splits into 22 +
 arXiv:2603.25730, section on temporal RoPE adjustment.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,8 @@ import numpy as np
 from pf_jax.types import Array
 
 THETA = 10_000.0
+
+MidOffsets = Literal['center', 'start', 'native']
 
 
 class RopeTable(NamedTuple):
@@ -100,7 +102,7 @@ def block_positions(grid: tuple[int, int, int]) -> np.ndarray:
 
 
 def compressed_positions(grid: tuple[int, int, int], mid_grid: tuple[int, int, int],
-                         mode: str = 'center') -> np.ndarray:
+                         mode: MidOffsets = 'center') -> np.ndarray:
   """Positions [M, 3] of a compressed block's tokens inside the block.
 
   A compressed token stands for a window of `grid // mid_grid` full-resolution tokens.
