@@ -161,8 +161,9 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
       run.log(step, window)
     run.progress.update()
     if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+      began = time.monotonic()
       run.run_evaluation(step)
-      window.since += 0 if window.steps else time.monotonic() - window.since
+      window.since += time.monotonic() - began  # steps per second leave evaluations out
     if step % config.save_every == 0:
       run.save(step)
   if window.steps:

@@ -1,0 +1,179 @@
+"""Checkpoints: exact round trip, mismatches named, damage detected and survived."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pf_jax.train import checkpoint, state
+from tests.train import toy
+
+
+def make_state(value=1.0, width=3, ema=True):
+  params = {'w': jnp.full((2, width), value), 'layers': [jnp.arange(4, dtype=jnp.bfloat16)],
+            'none': jnp.zeros((0, 5))}
+  return state.init_state(params, optax.adam(1e-3), seed=3, ema=ema)
+
+
+def at_step(train_state, step):
+  return dataclasses.replace(train_state, step=jnp.int32(step))
+
+
+def save_steps(workdir, *steps):
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    for step in steps:
+      checkpoints.save(at_step(make_state(float(step)), step), meta={'data_position': step})
+
+
+def restore(workdir, template=None, **kwargs):
+  warnings = []
+  with checkpoint.Checkpoints(workdir, warn=warnings.append) as checkpoints:
+    return checkpoints.restore(template or make_state(), **kwargs), warnings
+
+
+def test_round_trip_is_exact(tmp_path):
+  original = at_step(make_state(0.1), 7)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(original, meta={'data_position': 7})
+    checkpoints.save(original)  # the same step again is no error
+  (loaded, meta), warnings = restore(tmp_path)
+  assert jax.tree.structure(loaded) == jax.tree.structure(original)
+  for a, b in zip(jax.tree.leaves(original), jax.tree.leaves(loaded), strict=True):
+    assert a.dtype == b.dtype
+    if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  np.testing.assert_array_equal(jax.random.key_data(loaded.rng), jax.random.key_data(original.rng))
+  assert meta['data_position'] == 7
+  assert warnings == []
+
+
+def test_nothing_to_restore(tmp_path):
+  assert restore(tmp_path) == (None, [])
+
+
+def test_keeps_the_newest_and_forgets_their_manifests(tmp_path):
+  save_steps(tmp_path, 1, 2, 3, 4, 5)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [3, 4, 5]
+  names = sorted(p.name for p in (tmp_path / 'checkpoints' / 'manifests').iterdir())
+  assert names == ['00000003.json', '00000004.json', '00000005.json']
+  with pytest.raises(ValueError, match='keep=1'):
+    checkpoint.Checkpoints(tmp_path, keep=1)
+
+
+def test_mismatches_are_all_listed_and_never_fallen_back_from(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  params = {'w': jnp.ones((2, 4)), 'layers': [jnp.zeros(4)], 'new': jnp.ones(1)}
+  other = state.init_state(params, optax.adam(1e-3), seed=3, ema=True)
+  with pytest.raises(checkpoint.CheckpointMismatch) as error:
+    restore(tmp_path, other)
+  text = str(error.value)
+  assert 'params/w: checkpoint has float32[2, 3], this run wants float32[2, 4]' in text
+  assert 'params/layers/0: checkpoint has bfloat16[4], this run wants float32[4]' in text
+  assert 'params/new: missing in the checkpoint' in text
+  assert restore(tmp_path)[0] is not None  # and nothing was deleted
+
+
+def data_files(workdir, step):
+  files = checkpoint._files(pathlib.Path(workdir) / 'checkpoints' / f'{step:08d}')
+  return [path for path in files.values() if path.stat().st_size]
+
+
+def flip(path, rng):
+  data = bytearray(path.read_bytes())
+  bit = int(rng.integers(len(data) * 8))
+  data[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+  save_steps(tmp_path, 1)
+  rng = np.random.default_rng(0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.damage(1) == ''
+    for path in data_files(tmp_path, 1):
+      good = path.read_bytes()
+      for _ in range(4):
+        flip(path, rng)
+        assert path.name in checkpoints.damage(1)
+        path.write_bytes(good)
+      for broken in (good[:-1], good + b'x'):
+        path.write_bytes(broken)
+        assert path.name in checkpoints.damage(1)
+      path.unlink()
+      assert 'missing' in checkpoints.damage(1)
+      path.write_bytes(good)
+    assert checkpoints.damage(1) == ''
+
+
+def test_damaged_step_falls_back_loudly(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  flip(max(data_files(tmp_path, 2), key=lambda p: p.stat().st_size), np.random.default_rng(0))
+  (loaded, meta), warnings = restore(tmp_path)
+  assert int(loaded.step) == meta['data_position'] == 1
+  assert float(loaded.params['w'][0, 0]) == 1
+  assert any('step 2 is damaged' in warning for warning in warnings)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [1]  # so that the step can be written again
+    checkpoints.save(at_step(make_state(9.0), 2))
+  assert float(restore(tmp_path)[0][0].params['w'][0, 0]) == 9
+
+
+def test_nothing_good_left_is_an_error(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  for step in (1, 2):
+    flip(data_files(tmp_path, step)[0], np.random.default_rng(step))
+  with pytest.raises(checkpoint.CheckpointDamaged, match=r'step 2.*step 1'):
+    restore(tmp_path)
+
+
+def test_step_without_manifest_is_used_and_said(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  (tmp_path / 'checkpoints' / 'manifests' / '00000002.json').unlink()
+  (loaded, _), warnings = restore(tmp_path)
+  assert int(loaded.step) == 2
+  assert 'no manifest' in warnings[0]
+
+
+def test_torn_step_without_manifest_falls_back(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  (tmp_path / 'checkpoints' / 'manifests' / '00000002.json').unlink()
+  shutil.rmtree(tmp_path / 'checkpoints' / '00000002' / 'params')
+  (loaded, _), warnings = restore(tmp_path)
+  assert int(loaded.step) == 1
+  assert any('falling back' in warning for warning in warnings)
+
+
+def test_leftovers_of_killed_saves_are_removed(tmp_path):
+  save_steps(tmp_path, 1)
+  leftover = tmp_path / 'checkpoints' / '00000002.orbax-checkpoint-tmp'
+  shutil.copytree(tmp_path / 'checkpoints' / '00000001', leftover)
+  assert int(restore(tmp_path)[0][0].step) == 1
+  assert not leftover.exists()
+
+
+def test_parameters_alone(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no checkpoints'):
+    checkpoint.load_params(tmp_path, make_state().params)
+  train_state = at_step(make_state(1.0), 5)
+  average = jax.tree.map(lambda leaf: leaf + 1, train_state.ema)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(dataclasses.replace(train_state, ema=average))
+  template = jax.eval_shape(lambda: make_state().params)
+  assert float(checkpoint.load_params(tmp_path, template)['w'][0, 0]) == 2
+  assert float(checkpoint.load_params(tmp_path, template, ema=False)['w'][0, 0]) == 1
+  with pytest.raises(checkpoint.CheckpointMismatch, match='params/w|ema/w'):
+    checkpoint.load_params(tmp_path, {**template, 'w': jnp.ones((9, 9))})
+
+
+def test_modules_round_trip(tmp_path):
+  train_state = state.init_state(toy.Toy().init(0), optax.adam(1e-3), 0, ema=False)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(train_state)
+  net = checkpoint.load_params(tmp_path, toy.Toy().init(1))
+  np.testing.assert_array_equal(net.first.kernel[...], train_state.params.first.kernel[...])

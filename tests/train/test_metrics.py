@@ -1,0 +1,64 @@
+"""The metric file and the progress display."""
+
+import io
+import json
+
+from pf_jax.train import metrics
+
+
+def test_records_are_strict_json_and_each_step_appears_once(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, tensorboard=False)
+  for step in (1, 2, 3):
+    writer.write(step, {'loss': float('nan') if step == 2 else 1.0 / step})
+  writer.write(3, {'psnr': 20.0}, kind='eval')
+  writer.close()
+  with open(tmp_path / metrics.METRICS_FILE, 'a') as stream:
+    stream.write('{"step": 4, "lo')  # killed while writing
+  writer = metrics.MetricWriter(tmp_path, start_step=2, tensorboard=False)
+  writer.write(3, {'loss': 0.5})
+  writer.close()
+  lines = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  assert [(r['step'], r['loss']) for r in records] == [(1, 1.0), (2, None), (3, 0.5)]
+  assert metrics.read_metrics(tmp_path / metrics.METRICS_FILE) == records
+
+
+def test_torn_last_line_is_left_out(tmp_path):
+  path = tmp_path / 'm.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2')
+  assert metrics.read_metrics(path) == [{'step': 1}]
+  assert metrics.read_metrics(tmp_path / 'none.jsonl') == []
+
+
+def test_tensorboard_files_appear(tmp_path):
+  writer = metrics.MetricWriter(tmp_path)
+  writer.write(1, {'loss': 1.0})
+  writer.close()
+  assert list((tmp_path / 'tensorboard').glob('events.*'))
+
+
+def test_plain_lines_without_a_terminal():
+  stream = io.StringIO()
+  progress = metrics.Progress(4, unit='block', every_s=0.0, stream=stream)
+  progress.update()  # nothing to show yet
+  progress.show({'loss': 0.25})
+  progress.update()
+  progress.say('notice')
+  progress.update(2)
+  progress.close()
+  lines = stream.getvalue().splitlines()
+  assert [line.split(' ')[1] for line in lines if line.startswith('block')] == ['2/4', '4/4']
+  assert 'loss=0.25' in lines[0]
+  assert 'notice' in lines
+
+
+def test_bar_on_a_terminal():
+  stream = io.StringIO()
+  stream.isatty = lambda: True
+  progress = metrics.Progress(4, stream=stream)
+  progress.show({'loss': 0.25})
+  progress.update(4)
+  progress.say('notice')
+  progress.close()
+  assert '4/4' in stream.getvalue()
+  assert 'notice' in stream.getvalue()

@@ -1,0 +1,87 @@
+"""One step: what moves, what is averaged, what a bad batch leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pf_jax.train import state, step
+from tests.train import toy
+
+
+def start(objective=None, **overrides):
+  objective = objective or toy.Toy()
+  config = toy.settings(**overrides)
+  params = objective.init(0)
+  labels = (objective.param_groups(params) if hasattr(objective, 'param_groups')
+            else jax.tree.map(lambda _: 'all', params))
+  optimizer = state.make_optimizer(config.optimizer, config.steps, params, labels)
+  train_step = step.make_train_step(objective, optimizer, labels, config.ema_decay)
+  return train_step, state.init_state(params, optimizer, 0, ema=config.ema_decay > 0)
+
+
+def host(tree):
+  return [np.asarray(leaf).copy() for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(a, b):
+  for left, right in zip(a, b, strict=True):
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize('poison', [np.nan, np.inf])
+def test_bad_batch_changes_nothing_but_the_counters(poison):
+  train_step, train_state = start()
+  train_state, _ = train_step(train_state, toy.batch_of(0))
+  before = host((train_state.params, train_state.opt_state, train_state.ema))
+  bad = toy.batch_of(1)
+  bad['x'][3, 2] = poison
+  train_state, metrics = train_step(train_state, bad)
+  assert_same(before, host((train_state.params, train_state.opt_state, train_state.ema)))
+  assert (int(train_state.step), int(train_state.skipped)) == (2, 1)
+  train_state, metrics = train_step(train_state, bad)
+  assert (metrics['skipped'], metrics['skipped_in_a_row']) == (2, 2)
+  train_state, metrics = train_step(train_state, toy.batch_of(3))
+  assert (metrics['skipped'], metrics['skipped_in_a_row']) == (2, 0)
+  assert np.isfinite(metrics['loss'])
+
+
+def test_average_starts_fast_and_settles():
+  train_step, train_state = start(ema_decay=0.9)
+  ema = host(train_state.ema)
+  for i in range(3):
+    train_state, _ = train_step(train_state, toy.batch_of(i))
+    keep = min(0.9, (1 + i) / (10 + i))
+    ema = [keep * a + (1 - keep) * p
+           for a, p in zip(ema, host(train_state.params), strict=True)]
+  for wanted, got in zip(ema, host(train_state.ema), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_no_average_when_not_asked_for():
+  train_step, train_state = start(ema_decay=0.0)
+  assert train_state.ema is None
+  train_state, _ = train_step(train_state, toy.batch_of(0))
+  assert train_state.ema is None
+
+
+def test_gradient_norms_per_group():
+  train_step, train_state = start(toy.GroupedToy())
+  params = jax.tree.map(jnp.array, train_state.params)
+  key = jax.random.fold_in(train_state.rng, 0)
+  gradients = jax.grad(lambda p: toy.Toy().loss(p, toy.batch_of(0), key)[0])(params)
+  norm = lambda tree: np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(tree)))
+  _, metrics = train_step(train_state, toy.batch_of(0))
+  assert metrics['grad_norm/trunk'] == pytest.approx(norm(gradients.first), rel=1e-5)
+  assert metrics['grad_norm/head'] == pytest.approx(norm(gradients.last), rel=1e-5)
+  assert metrics['grad_norm'] == pytest.approx(norm(gradients), rel=1e-5)
+
+
+def test_step_compiles_once_and_draws_new_noise_every_step():
+  train_step, train_state = start()
+  losses = []
+  for _ in range(3):
+    train_state, metrics = train_step(train_state, toy.batch_of(0))
+    losses.append(float(metrics['loss']))
+  assert train_step._cache_size() == 1
+  assert len(set(losses)) == 3
