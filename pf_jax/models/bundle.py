@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
 
 from pf_jax.kernels import rope
 from pf_jax.models import compressor as compressor_lib
 from pf_jax.models.compressor import Compressor, CompressorSpec
+from pf_jax.models.initialise import init_module
 from pf_jax.models.text import TextSpec, UMT5Encoder
 from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.models.vae import VaeSpec, WanVae
@@ -90,6 +90,4 @@ class Models(nnx.Module):
 
 def init(spec: ModelSpec, seed: int = 0) -> Models:
   """Freshly initialised networks, one compiled program for all of them."""
-  # rbg: one instruction per tensor; threefry's arithmetic took three times as long to compile.
-  key = jax.random.key(seed, impl='rbg')
-  return jax.jit(lambda key: Models(spec, rngs=nnx.Rngs(key)))(key)
+  return init_module(lambda rngs: Models(spec, rngs=rngs), seed)

@@ -12,6 +12,7 @@ Layout: `<workdir>/checkpoints/<step>/{params,ema,opt_state,counters,meta}` and
 import json
 import os
 import pathlib
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -47,14 +48,14 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   """Leaves by slash-separated path; leaves without elements (Orbax refuses them) left out."""
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if jnp.size(leaf):
+    if leaf.size:
       leaves['/'.join(path_names(path))] = leaf
   return leaves
 
 
 def _fill(template: PyTree, leaves: Mapping[str, Any]) -> PyTree:
   def pick(path: tuple[Any, ...], leaf: Any) -> Any:
-    return leaves['/'.join(path_names(path))] if jnp.size(leaf) else leaf
+    return leaves['/'.join(path_names(path))] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(pick, template)
 
@@ -114,13 +115,14 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 class Checkpoints:
   """The checkpoints of one run directory. Use as a context manager."""
 
-  def __init__(self, workdir: str | os.PathLike, *, keep: int = 3,
+  def __init__(self, workdir: str | os.PathLike, *, keep: int = 3, read_only: bool = False,
                warn: Callable[[str], None] = _warn):
     """Opens (and creates) the directory; leftovers of killed saves are removed.
 
     Args:
       workdir: the run's directory.
       keep: newest steps to keep; at least 2, so that a damaged one can be survived.
+      read_only: change nothing: the directory may belong to a run in progress.
       warn: receives messages about damaged or unverified steps.
 
     Raises:
@@ -134,9 +136,12 @@ class Checkpoints:
     self._warn = warn
     self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
     self._manifests = self.directory / 'manifests'
-    self._manifests.mkdir(parents=True, exist_ok=True)
+    self._read_only = read_only
+    if not read_only:
+      self._manifests.mkdir(parents=True, exist_ok=True)
+      self._remove_leftovers()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, step_format_fixed_length=8,
+        max_to_keep=keep, step_format_fixed_length=8, create=not read_only,
         async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifests))
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -145,6 +150,15 @@ class Checkpoints:
 
   def __exit__(self, *unused: object) -> None:
     self.close()
+
+  def _remove_leftovers(self) -> None:
+    """Deletes what killed saves left behind.
+
+    Not by Orbax's `cleanup_tmp_directories`: that runs in the background, where it can meet the
+    save that is just redoing the same step.
+    """
+    for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path)
 
   def _step_dir(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
@@ -191,7 +205,8 @@ class Checkpoints:
   def wait(self) -> None:
     """Blocks until the last save is committed and its manifest written."""
     self._manager.wait_until_finished()
-    self._write_manifests()
+    if not self._read_only:
+      self._write_manifests()
 
   def damage(self, step: int) -> str:
     """Compares a step's files with its manifest; '' when they agree, else what is wrong."""
@@ -299,7 +314,7 @@ def load_params(workdir: str | os.PathLike, template: PyTree, *, ema: bool = Tru
   """
   if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
     raise FileNotFoundError(f'{workdir} holds no checkpoints; train there first.')
-  with Checkpoints(workdir) as checkpoints:
+  with Checkpoints(workdir, read_only=True) as checkpoints:
     steps = checkpoints.steps()
     if not steps:
       raise FileNotFoundError(f'{workdir} holds no finished checkpoint; train there first.')

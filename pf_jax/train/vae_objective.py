@@ -15,8 +15,8 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from pf_jax.models.initialise import init_module
 from pf_jax.models.vae import VaeSpec, WanVae
 from pf_jax.types import Array
 
@@ -170,7 +170,7 @@ class VaeObjective:
 
   def init(self, seed: int) -> WanVae:
     """A fresh VAE."""
-    return jax.jit(lambda key: WanVae(self._vae, rngs=nnx.Rngs(key)))(jax.random.key(seed))
+    return init_module(lambda rngs: WanVae(self._vae, rngs=rngs), seed)
 
   def loss(self, params: WanVae, batch: Mapping[str, Array],
            key: Array) -> tuple[Array, dict[str, Array]]:

@@ -1,4 +1,4 @@
-"""The cache as a Python list of blocks, the slow and obvious way; the oracle of the property tests."""
+"""The cache as lists of blocks, the slow and obvious way; the oracle of the property tests."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class Remembered:
 
 
 class SlowCache:
-  """Three Python lists. `commit` appends, ages and evicts; `attended` says who is seen, and where."""
+  """Three lists. `commit` appends, ages and evicts; `attended` says who is seen, and where."""
 
   def __init__(self, spec):
     self.spec = spec

@@ -193,5 +193,5 @@ def test_wrong_sizes_say_what_to_do(choices, message):
 def test_a_piece_of_a_block_is_refused():
   spec = spec_of(mid_capacity=2, top_k=1)
   key = jax.random.key(0)
-  with pytest.raises(ValueError, match='block keys has shape .*t=4'):
+  with pytest.raises(ValueError, match=r'block keys has shape .*t=4'):
     cache_lib.commit(cache_lib.init(spec, 1), constant(0, 3, key), constant(0, 1, key), spec=spec)

@@ -1,4 +1,4 @@
-"""The compressor's sizes at full scale, its pooling on literal pixels, its start as the LR branch."""
+"""The compressor: sizes at full scale, pooling by hand, its start as the LR branch."""
 
 import jax
 import jax.numpy as jnp

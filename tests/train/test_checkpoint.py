@@ -167,7 +167,7 @@ def test_parameters_alone(tmp_path):
   template = jax.eval_shape(lambda: make_state().params)
   assert float(checkpoint.load_params(tmp_path, template)['w'][0, 0]) == 2
   assert float(checkpoint.load_params(tmp_path, template, ema=False)['w'][0, 0]) == 1
-  with pytest.raises(checkpoint.CheckpointMismatch, match='params/w|ema/w'):
+  with pytest.raises(checkpoint.CheckpointMismatch, match='ema/w'):
     checkpoint.load_params(tmp_path, {**template, 'w': jnp.ones((9, 9))})
 
 
