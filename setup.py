@@ -37,6 +37,7 @@ REQUIRED = [
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12',
     'pillow>=10',
+    'safetensors>=0.5',
     'tensorstore>=0.1.71',
     'tokenizers>=0.20',
     'tqdm>=4.66',
