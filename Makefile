@@ -23,7 +23,7 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity clean FORCE
+.PHONY: help setup demo test check test-parity parity-python clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -31,16 +31,31 @@ help:
 
 # --- environments -------------------------------------------------------------------------------
 # `<venv>/.interpreter` is remade, and so newer than the stamps, only when the environment is
-# missing, broken or of another interpreter than $(PYTHON).
+# missing, broken or of another interpreter than the one asked for.
 
 INTERPRETER := 'import sys; print(sys.base_prefix, sys.version)'
+VENV_PYTHON = $(PYTHON)
+
+# The oracles are installed on 3.11 only (setup.py says why): $(PYTHON) or else python3.11.
+IS_PARITY_PYTHON := 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
+PARITY_PYTHON ?= $(shell for python in $(PYTHON) python3.11; do \
+  $$python -c $(IS_PARITY_PYTHON) 2>/dev/null && echo $$python && break; done)
+
+$(PARITY_VENV)/.interpreter: VENV_PYTHON = $(PARITY_PYTHON)
+$(PARITY_VENV)/.interpreter: | parity-python
+
+parity-python:
+	@$(PARITY_PYTHON) -c $(IS_PARITY_PYTHON) 2>/dev/null || { \
+	  echo 'error: make test-parity needs Python 3.11 for its oracles, beside or in place of' \
+	    '$(PYTHON); install it or give PARITY_PYTHON=/path/to/python3.11' >&2; exit 1; }
 
 %/.interpreter: FORCE
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo 'error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12 ...' >&2; \
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: $(VENV_PYTHON) is missing or older than 3.11; try make PYTHON=python3.12' >&2; \
 	  exit 1; }
-	@if [ "$$($(PYTHON) -c $(INTERPRETER))" != "$$($*/bin/python -c $(INTERPRETER) 2>/dev/null)" ]; \
-	then echo 'creating $*'; rm -rf $* && $(PYTHON) -m venv $* && touch $@; \
+	@if [ "$$($(VENV_PYTHON) -c $(INTERPRETER))" != \
+	  "$$($*/bin/python -c $(INTERPRETER) 2>/dev/null)" ]; \
+	then echo 'creating $*'; rm -rf $* && $(VENV_PYTHON) -m venv $* && touch $@; \
 	elif [ ! -e $@ ]; then touch $@; fi
 
 define install

@@ -23,8 +23,8 @@ def parse(argument: str | None, **defaults: bool | int | float | str) -> dict[st
     name, given, text = part.partition('=')
     if name not in defaults:
       close = difflib.get_close_matches(name, defaults, n=1)
-      raise ValueError(f'variant {name!r} is unknown' + (f' (did you mean {close[0]}?)' if close
-                       else f'; there are {", ".join(defaults)}') + '.')
+      hint = f' (did you mean {close[0]}?)' if close else f'; use {", ".join(defaults)}'
+      raise ValueError(f'variant {name!r} is unknown{hint if defaults else "; there are none"}.')
     kind = type(defaults[name])
     if kind is bool:
       if given:

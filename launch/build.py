@@ -22,10 +22,10 @@ class ConfigError(ValueError):
 def nearest(name: str, names: Iterable[str]) -> str:
   """' (did you mean ...?)' for the closest of `names`, or '' when none is close."""
   names = list(names)
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-  if not close:  # the right leaf under the wrong parent is the other common slip
-    leaf = name.rsplit('.', 1)[-1]
-    close = [other for other in names if other.rsplit('.', 1)[-1] == leaf][:1]
+  leaf = name.rsplit('.', 1)[-1]
+  # The right leaf under the wrong parent says more than a similar spelling.
+  close = [other for other in names if other.rsplit('.', 1)[-1] == leaf]
+  close = difflib.get_close_matches(name, close or names, n=1, cutoff=0.0 if close else 0.5)
   return f' (did you mean {close[0]}?)' if close else ''
 
 
@@ -61,7 +61,8 @@ def _dataclass(cls: Any, config: Any, path: str, problems: list[str]) -> Any:
   fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
   for key in config:
     if key not in fields:
-      problems.append(f'{path}.{key} is unknown{nearest(key, fields)}; '
+      shown = key if str(key).isidentifier() else repr(key)
+      problems.append(f'{path}.{shown} is unknown{nearest(key, fields)}; '
                       f'{cls.__name__} has {", ".join(fields)}.')
   values = {}
   for name, field in fields.items():

@@ -137,7 +137,8 @@ def run(main: Callable[[], int | None], *, required: Sequence[str] = ()) -> None
   def checked(argv: Sequence[str]) -> int | None:
     del argv
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax reports every step of a save
+      # Orbax reports every step of a save, and a failure once per thread before it raises it.
+      logging.set_verbosity(logging.FATAL)
     missing = [name for name in required if flags.FLAGS[name].value in (None, '')]
     if missing:
       _fail('\n'.join(f'--{name}=... is missing; see --help.' for name in missing))

@@ -27,8 +27,7 @@ def _train() -> int:
   train = build(TrainConfig, config.train, 'config.train')
 
   from pf_jax import outputs
-  from pf_jax.train import stages
-  from pf_jax.train.checkpoint import CheckpointDamaged, CheckpointMismatch
+  from pf_jax.train import checkpoint, stages
   from pf_jax.train.loop import NonFiniteTraining
 
   stage_type, run = stages.STAGES[config.stage]
@@ -36,8 +35,9 @@ def _train() -> int:
   stage: Any = build(stage_type, fields, 'config')
   try:
     result = run(stage, train, flags.FLAGS.workdir)
-  except (outputs.DirectoryInUse, CheckpointMismatch, CheckpointDamaged, NonFiniteTraining,
-          FileNotFoundError) as error:
+  except (outputs.DirectoryInUse, outputs.NotWritable, checkpoint.CheckpointMismatch,
+          checkpoint.CheckpointDamaged, checkpoint.CheckpointNotSaved, NonFiniteTraining,
+          OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   print(f'{"stopped" if result.interrupted else "finished"} at step {result.step}.')

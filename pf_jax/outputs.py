@@ -28,6 +28,10 @@ class DirectoryInUse(RuntimeError):
   """Another live process holds the directory's lock."""
 
 
+class NotWritable(ValueError):
+  """Nothing can be written into the directory."""
+
+
 class OutputExists(FileExistsError):
   """A file of that name is there already and overwriting was not asked for."""
 
@@ -85,7 +89,7 @@ def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
   """Creates a directory and proves that files can be written into it.
 
   Raises:
-    ValueError: it is a file, or it (or its parent) is not writable.
+    NotWritable: it is a file, or it (or its parent) is not writable.
   """
   path = pathlib.Path(directory)
   try:
@@ -94,7 +98,7 @@ def prepare_directory(directory: str | os.PathLike) -> pathlib.Path:
       pass
   except OSError as error:
     reason = 'is not a directory' if path.exists() and not path.is_dir() else error.strerror
-    raise ValueError(
+    raise NotWritable(
         f'cannot write into {str(path)!r} ({reason}); choose a writable directory.') from error
   return path
 
@@ -149,7 +153,7 @@ def claim_directory(directory: str | os.PathLike, *,
 
   Raises:
     DirectoryInUse: a live process holds it.
-    ValueError: it cannot be created or written.
+    NotWritable: it cannot be created or written.
   """
   path = prepare_directory(directory)
   # Not unlinked at the end: a waiting process could then lock a file nobody else sees.
@@ -193,9 +197,24 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary.write_text(text, encoding='utf-8')
 
 
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Writes a whole file or none of it."""
+  with atomic_path(path) as temporary:
+    temporary.write_bytes(data)
+
+
+def json_text(value: Any) -> str:
+  """Indented JSON; NaN becomes null, as strict readers require.
+
+  Raises:
+    TypeError: a value that JSON has no form for.
+  """
+  return json.dumps(_finite(value), indent=2, allow_nan=False) + '\n'
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes indented JSON atomically; NaN becomes null, as strict readers require."""
-  write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + '\n')
+  """Writes `json_text` of a value atomically."""
+  write_text(path, json_text(value))
 
 
 def _finite(value: Any) -> Any:
@@ -205,4 +224,5 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value]
   if isinstance(value, float):
     return value if abs(value) != float('inf') and value == value else None
-  return value.item() if hasattr(value, 'item') else value
+  # Scalars and arrays of NumPy and JAX.
+  return _finite(value.tolist()) if hasattr(value, 'tolist') else value

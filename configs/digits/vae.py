@@ -1,7 +1,8 @@
 """Stage "vae": the miniature's autoencoder, 4x8x8 with 8 latent channels, on drifting digits.
 
-Purpose: latents for everything else; full clips and the pooled clips of the LR branch are trained
-together. Held-out PSNR at both resolutions is logged and `reconstruction.png` shows three clips.
+Purpose: latents for everything else. Batches are small boxes of many clips, a fifth of them pooled
+clips as the compressor's LR branch sees them; boxes grow towards the end. Held-out PSNR at both
+resolutions is logged and `reconstruction.png` shows three clips. A finished run leaves `vae/`.
 
 Command:
   python -m launch.train --config=configs/digits/vae.py --workdir=runs/vae
@@ -20,20 +21,29 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = ConfigDict()
   config.stage = 'vae'
   config.model = model.get_config('tiny' if tiny else None)
-  config.frames = 17
-  config.batch_size = 1 if tiny else 4
+  def boxes(count: int, size: tuple[int, int, int], pooled: float = 0.0) -> dict:
+    crop = dict(size=size, glyph_share=0.75, pooled_share=pooled, temporal_stride=4)
+    return dict(batch_size=count, crop=crop)
+
+  config.phases = (
+      dict(until=2, batches=(boxes(2, (5, 16, 16), 0.5),)),
+      dict(until=4, batches=(boxes(1, (9, 16, 16)),)),
+  ) if tiny else (
+      dict(until=500, batches=(boxes(32, (5, 16, 16), 0.2),)),
+      dict(until=1500, batches=(boxes(2, (17, 32, 32)), boxes(8, (17, 16, 16)),
+                                boxes(32, (5, 16, 16), 0.4))),
+      dict(until=2000, batches=(boxes(1, (33, 64, 64)), boxes(2, (33, 32, 32)),
+                                boxes(32, (5, 16, 16), 0.4))))
   config.eval_clips = 1 if tiny else 8
   config.eval_frames = 33 if tiny else 77
   config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
-  config.loss = ConfigDict(dict(
-      crop=(17, 32, 32), l1=1.0, l2=0.0, kl=1e-5, pooled=0.1, pool_time=2, pool_space=4,
-      pooled_latent_frames=2))
+  config.loss = ConfigDict(dict(l1=1.0, l2=1.0, kl=1e-5))
   config.train = ConfigDict(dict(
-      steps=4 if tiny else 20_000, seed=0, log_every=2 if tiny else 100,
-      save_every=2 if tiny else 1000, keep=3, eval_every=4 if tiny else 2000, ema_decay=0.999,
+      steps=4 if tiny else 2000, seed=0, log_every=2 if tiny else 25,
+      save_every=2 if tiny else 100, keep=3, eval_every=4 if tiny else 500, ema_decay=0.99,
       max_skipped_in_a_row=20))
   config.train.optimizer = ConfigDict(dict(
-      name='adamw', learning_rate=2e-3, schedule='cosine', warmup_steps=200, final_fraction=0.01,
-      weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.99))
+      name='muon', learning_rate=2e-2, adam_learning_rate=1e-2, schedule='cosine', warmup_steps=20,
+      final_fraction=0.01, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.99))
   config.lock()
   return config

@@ -37,6 +37,7 @@ Array = jax.Array
 
 _NORM_FLOOR = 1e-12
 _PIXEL_CHANNELS = 3
+_INITIAL_LOGVAR = -6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +254,9 @@ class Downsample(nnx.Module):
 
   def __init__(self, width: int, temporal: bool, *, rngs: nnx.Rngs, **conv):
     self.conv = Conv((3, 3, width, width), rngs=rngs, **conv)
+    # Start as the mean of the 2x2 pixels that are merged: flat colour passes through unharmed.
+    box = jnp.zeros((3, 3, 1, 1)).at[:2, :2].set(0.25)
+    self.conv.kernel[...] = box * jnp.eye(width)
     self.time_conv = Conv((3, 1, 1, width, width), rngs=rngs, **conv) if temporal else None
     if self.time_conv is not None:
       # Start as the mean of the two frames that are merged.
@@ -282,6 +286,9 @@ class Upsample(nnx.Module):
       eye = jnp.concatenate([jnp.eye(width)] * 2, axis=-1)[None, None]
       self.time_conv.kernel[...] = jnp.stack([0 * eye, 0 * eye, eye])
     self.conv = Conv((3, 3, width, width // 2), rngs=rngs, **conv)
+    # Start as the scaled sum of two channels each, without a look at the neighbours.
+    fold = jnp.concatenate([jnp.eye(width // 2)] * 2) / math.sqrt(2)
+    self.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0) * fold
 
   def __call__(self, x: Array, stream: _Stream) -> Array:
     """[B, T, H, W, C] -> [B, T', 2H, 2W, C/2]; T' = 2T-1 at the video's start, else 2T."""
@@ -380,6 +387,10 @@ class WanVae(nnx.Module):
     self.spec = spec
     self.encoder = Encoder(spec, rngs=rngs, **conv)
     self.quant_conv = Conv((1, 1, 1, 2 * channels, 2 * channels), rngs=rngs, **conv)
+    # Start nearly deterministic: at unit variance the sample's noise would drown the picture, and
+    # training would first spend itself on outgrowing it.
+    self.quant_conv.kernel[...] = self.quant_conv.kernel[...].at[..., channels:].set(0)
+    self.quant_conv.bias[...] = self.quant_conv.bias[...].at[channels:].set(_INITIAL_LOGVAR)
     self.post_quant_conv = Conv((1, 1, 1, channels, channels), rngs=rngs, **conv)
     self.decoder = Decoder(spec, rngs=rngs, **conv)
 

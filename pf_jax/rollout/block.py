@@ -190,9 +190,10 @@ def finish_block(models: Models, state: RolloutState, latents: Array, selected: 
     pixels, decoder = _decode(models, state.decoder, latents, first)
   with jax.named_scope('compress'):
     lr_latents = models.encode_low_resolution(pixels)
+    tokens = models.compress(latents, lr_latents)
   with jax.named_scope('clean_pass'):
     context = pack_history(state.cache, selected, spec.cache)
-    block, compressed, _ = step.clean_pass(models, latents, lr_latents, text, slices=context,
+    block, compressed, _ = step.clean_pass(models, latents, tokens, text, slices=context,
                                            context_fn=step.reuse_history)
   with jax.named_scope('commit'):
     cache = cache_lib.commit(state.cache, block, compressed, spec=spec.cache)
@@ -234,7 +235,7 @@ def switch_prompt(models: Models, state: RolloutState, text: KeyValues, *, spec:
                            for buffer in (state.recent_latents, state.recent_lr))
     layout = cache_lib.layout(cache.blocks, spec.cache, num_recent=order)
     block, compressed, _ = step.clean_pass(
-        models, latents, lr_latents, text, slices=cache.layers,
+        models, latents, models.compress(latents, lr_latents), text, slices=cache.layers,
         context_fn=step.select_history(cache.blocks, layout, spec.cache))
     cache = cache_lib.replace_recent(cache, order, block, compressed, spec=spec.cache)
   return dataclasses.replace(state, cache=cache)

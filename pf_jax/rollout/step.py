@@ -2,6 +2,7 @@
 
 import einops
 import jax.numpy as jnp
+import numpy as np
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, Layout
@@ -60,8 +61,9 @@ def denoise_step(models: Models, x_t: Array, sigma, sigma_next, noise: Array, te
   return solver_lib.step(solver, x_t, out.flow, sigma, sigma_next, noise), out.aux
 
 
-def clean_pass(models: Models, latents: Array, lr_latents: Array, text: KeyValues, *,
-               slices: PyTree, context_fn: ContextFn) -> tuple[KeyValues, KeyValues, PyTree]:
+def clean_pass(models: Models, latents: Array, compressed: tuple[Array, np.ndarray],
+               text: KeyValues, *, slices: PyTree, context_fn: ContextFn
+               ) -> tuple[KeyValues, KeyValues, PyTree]:
   """Keys/values of a finished block at both resolutions, in one pass at timestep 0.
 
   The compressed version runs as a second stream beside the full one ("dual-resolution shifting"):
@@ -70,7 +72,8 @@ def clean_pass(models: Models, latents: Array, lr_latents: Array, text: KeyValue
   Args:
     models: networks.
     latents: [B, F, h, w, C], clean.
-    lr_latents: [B, f, h', w', C], the re-encoded low-resolution pixels.
+    compressed: the block's compressed tokens [B, M, D] and positions [M, 3], from
+      `Models.compress`.
     text: cross-attention keys/values.
     slices: per-layer pytree for `context_fn`.
     context_fn: how each layer gets its history.
@@ -80,6 +83,6 @@ def clean_pass(models: Models, latents: Array, lr_latents: Array, text: KeyValue
   """
   timesteps = jnp.zeros(latents.shape[:2], jnp.float32)
   out = models.transformer(latents, timesteps, text, slices=slices, context_fn=context_fn,
-                           compressed=models.compress(latents, lr_latents))
+                           compressed=compressed)
   assert out.compressed is not None  # asked for above
   return out.keys_values, out.compressed, out.aux

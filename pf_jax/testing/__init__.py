@@ -1,5 +1,5 @@
-"""Tiny specs that tests, notebooks and smoke runs share."""
+"""Tiny models that tests, notebooks and smoke runs share."""
 
-from pf_jax.testing.specs import tiny_model_spec
+from pf_jax.testing.specs import random_models, tiny_model_spec
 
-__all__ = ['tiny_model_spec']
+__all__ = ['random_models', 'tiny_model_spec']

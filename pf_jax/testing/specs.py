@@ -1,8 +1,14 @@
 """The smallest model that still takes every path: several layers, heads, partitions, patches."""
 
 import dataclasses
+import math
 
-from pf_jax.models.bundle import ModelSpec
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.compressor import CompressorSpec
 from pf_jax.models.text import TextSpec
 from pf_jax.models.transformer import TransformerSpec
@@ -22,3 +28,28 @@ def tiny_model_spec(**video) -> ModelSpec:
       transformer=TransformerSpec(width=24, ffn_width=32, num_heads=2, num_layers=2, in_channels=4,
                                   out_channels=4, time_width=16, text_width=12),
       compressor=CompressorSpec(in_channels=4, channels=(4, 6, 8), width=24))
+
+
+def random_models(spec: ModelSpec, seed: int = 0) -> Models:
+  """Networks with every parameter drawn, and nothing compiled for it.
+
+  Zero heads, zero biases and unit norms, with which training starts, would hide mistakes.
+
+  Args:
+    spec: sizes.
+    seed: of the draws.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    names = jax.tree_util.keystr(path)
+    noise = rng.standard_normal(leaf.shape)
+    if 'scale' in names or 'gamma' in names:
+      return jnp.asarray(1 + 0.1 * noise, leaf.dtype)
+    if 'kernel' not in names:
+      return jnp.asarray(0.1 * noise, leaf.dtype)
+    fan_in = leaf.shape[1:-1] if 'layers' in names else leaf.shape[:-1]  # layers are stacked
+    return jnp.asarray(noise / math.sqrt(math.prod(fan_in)), leaf.dtype)
+
+  shapes = jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
+  return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -9,25 +9,28 @@ Layout: `<workdir>/checkpoints/<step>/{params,ema,opt_state,counters,meta}` and
 `<workdir>/checkpoints/manifests/<step>.json`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pf_jax import outputs
 from pf_jax.train.state import TrainState, path_names
+from pf_jax.types import tree_bytes
 
 PyTree = Any
 
 _CHUNK = 1 << 20
+_METADATA_BYTES = 1 << 20  # of a step, beside its arrays
 _ITEMS = ('params', 'ema', 'opt_state', 'counters')
 _SHOWN_MISMATCHES = 20
 
@@ -40,8 +43,19 @@ class CheckpointDamaged(RuntimeError):
   """No step of the directory can be restored."""
 
 
+class CheckpointNotSaved(RuntimeError):
+  """A save failed; earlier steps are intact."""
+
+
 def _warn(message: str) -> None:
   print(f'CHECKPOINT WARNING: {message}', file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+  """What the system said, out of TensorStore's account of every layer it came through."""
+  lines = str(error).strip().splitlines() or [repr(error)]
+  found = re.search(r'([^:\[\]]+) \[os_error_code', lines[-1])
+  return found[1].strip() if found else lines[-1].rstrip('.')
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -137,6 +151,7 @@ class Checkpoints:
     self.directory = pathlib.Path(workdir).resolve() / 'checkpoints'
     self._manifests = self.directory / 'manifests'
     self._read_only = read_only
+    self.failed = False
     if not read_only:
       self._manifests.mkdir(parents=True, exist_ok=True)
       self._remove_leftovers()
@@ -151,6 +166,29 @@ class Checkpoints:
   def __exit__(self, *unused: object) -> None:
     self.close()
 
+  @contextlib.contextmanager
+  def _explaining(self) -> Iterator[None]:
+    """Turns what Orbax's threads raise (a full disk, mostly) into one message, and cleans up."""
+    try:
+      yield
+    except Exception as error:
+      self.failed = True
+      with contextlib.suppress(Exception):
+        self._manager.wait_until_finished()  # the save before this one may still succeed
+      self._write_manifests()
+      self._remove_leftovers()  # an unfinished step would keep a full disk full
+      steps = self._committed()
+      kept = f'Step {steps[-1]} is intact' if steps else 'No earlier step exists'
+      raise CheckpointNotSaved(f'cannot save into {self.directory}: {_reason(error)}. {kept}; free '
+                               'some space and give the same command again.') from error
+
+  def _check_space(self, items: PyTree) -> None:
+    """Refuses a save that cannot fit before Orbax's threads each meet the full disk."""
+    self._manager.wait_until_finished()  # Orbax would wait, too
+    wanted, free = tree_bytes(items) + _METADATA_BYTES, shutil.disk_usage(self.directory).free
+    if free < wanted:
+      raise OSError(f'No space left: {wanted / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free')
+
   def _remove_leftovers(self) -> None:
     """Deletes what killed saves left behind.
 
@@ -158,7 +196,7 @@ class Checkpoints:
     save that is just redoing the same step.
     """
     for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
-      shutil.rmtree(path)
+      shutil.rmtree(path, ignore_errors=True)  # a failed save may still be writing
 
   def _step_dir(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
@@ -191,6 +229,9 @@ class Checkpoints:
     Args:
       state: the state after `state.step` steps.
       meta: JSON-able extras kept beside the arrays (the data position, say).
+
+    Raises:
+      CheckpointNotSaved: this save, or the one before it in the background, failed.
     """
     step = int(state.step)
     if step in self._manager.all_steps():  # counts a save in flight, too
@@ -199,13 +240,21 @@ class Checkpoints:
     about = {**(meta or {}), 'step': step,
              'shapes': {name: _shapes(leaves) for name, leaves in items.items()}}
     save = self._ocp.args
-    self._manager.save(step, force=True, args=save.Composite(
-        meta=save.JsonSave(about), **{n: save.StandardSave(v) for n, v in items.items()}))
+    with self._explaining():
+      self._check_space(items)
+      self._manager.save(step, force=True, args=save.Composite(
+          meta=save.JsonSave(about), **{n: save.StandardSave(v) for n, v in items.items()}))
 
   def wait(self) -> None:
-    """Blocks until the last save is committed and its manifest written."""
-    self._manager.wait_until_finished()
-    if not self._read_only:
+    """Blocks until the last save is committed and its manifest written.
+
+    Raises:
+      CheckpointNotSaved: it failed.
+    """
+    if self.failed or self._read_only:
+      return  # nothing is on its way, or it has been reported
+    with self._explaining():
+      self._manager.wait_until_finished()
       self._write_manifests()
 
   def damage(self, step: int) -> str:
@@ -293,8 +342,11 @@ class Checkpoints:
 
   def close(self) -> None:
     """Finishes pending saves and releases Orbax's threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with contextlib.suppress(Exception) if self.failed else contextlib.nullcontext():
+        self._manager.close()
 
 
 def load_params(workdir: str | os.PathLike, template: PyTree, *, ema: bool = True,
@@ -322,8 +374,3 @@ def load_params(workdir: str | os.PathLike, template: PyTree, *, ema: bool = Tru
     item = 'ema' if ema and (newest / 'ema').is_dir() else 'params'
     found = checkpoints._newest_good({item: named_leaves(template)}, step)
   return _fill(template, found[item]) if found else template
-
-
-def tree_bytes(tree: PyTree) -> int:
-  """Bytes of all array leaves."""
-  return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from pf_jax import outputs
+from pf_jax.progress import Progress
 from pf_jax.train.checkpoint import Checkpoints
 from pf_jax.train.config import TrainConfig
-from pf_jax.train.metrics import MetricWriter, Progress
+from pf_jax.train.metrics import MetricWriter
 from pf_jax.train.state import Objective, TrainState, init_state, make_optimizer
 from pf_jax.train.step import make_train_step
 
@@ -201,6 +202,7 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
   Raises:
     DirectoryInUse: another run holds `workdir`.
     CheckpointMismatch, CheckpointDamaged: the directory's checkpoints cannot be used.
+    CheckpointNotSaved: a save failed, for want of space perhaps.
     NonFiniteTraining: see `TrainConfig.max_skipped_in_a_row`; the last state is saved first.
   """
   with contextlib.ExitStack() as stack:
@@ -215,7 +217,7 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
     finally:
       # Also after NonFiniteTraining: a not-finite step leaves the parameters as they were.
       # An error inside the compiled step may have consumed its donated input.
-      if not run.state.step.is_deleted():
+      if not checkpoints.failed and not run.state.step.is_deleted():
         run.save(int(run.state.step))
     checkpoints.wait()
     interrupted = step < config.steps

@@ -19,13 +19,15 @@ from typing import NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pf_jax import cache as cache_lib
-from pf_jax.cache import CacheSpec, Layout, PackCache
+from pf_jax.cache import CacheSpec, LayerCache, Layout, PackCache
 from pf_jax.diffusion import flow as flow_lib
 from pf_jax.diffusion import schedule
 from pf_jax.models.bundle import Models
+from pf_jax.models.transformer import ContextFn
 from pf_jax.rollout import step
 from pf_jax.types import Array, KeyValues
 
@@ -46,6 +48,8 @@ class TeacherForcingSpec:
     sink_blocks: sink sizes to train with, drawn per step; the cache's own if empty.
     scatter_mid: probability that the mid blocks of a clip take random slots among top_k, as if the
       others were there: trains the positions of long videos on short clips.
+    crowd_mid: probability that those other slots are not left empty but hold copies of the mid
+      blocks there are: trains the crowd of keys that long videos attend.
 
   Raises:
     ValueError: a value out of range.
@@ -60,13 +64,15 @@ class TeacherForcingSpec:
   drop_mid: float = 0.1
   sink_blocks: tuple[int, ...] = (1, 2)
   scatter_mid: float = 0.7
+  crowd_mid: float = 0.5
 
   def __post_init__(self):
     if self.noise_levels < 1:
       raise ValueError(f'noise_levels={self.noise_levels} must be at least 1.')
     if self.loss not in ('x0', 'flow'):
       raise ValueError(f"loss={self.loss!r} is unknown; use 'x0' or 'flow'.")
-    for name in ('uniform_share', 'context_noise', 'drop_sink', 'drop_mid', 'scatter_mid'):
+    for name in ('uniform_share', 'context_noise', 'drop_sink', 'drop_mid', 'scatter_mid',
+                 'crowd_mid'):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f'{name}={getattr(self, name)} must be within 0..1.')
 
@@ -96,58 +102,127 @@ def draw_sigmas(key: Array, shape: tuple[int, ...], spec: TeacherForcingSpec) ->
   return schedule.shift_sigma(levels, spec.shift)
 
 
+def noisy_past(key: Array, latents: Array, spec: TeacherForcingSpec) -> Array:
+  """True latents [n, B, F, h, w, C] as imperfect as generated ones: a random little noise each."""
+  strength_key, noise_key = jax.random.split(key)
+  strength = spec.context_noise * jax.random.uniform(strength_key, (*latents.shape[:2], 1, 1, 1, 1))
+  return flow_lib.add_noise(latents, jax.random.normal(noise_key, latents.shape), strength)
+
+
 class Drops(NamedTuple):
-  """What a clip's blocks do not see, and how its mid blocks are placed; drawn once per clip."""
+  """What a clip's blocks do not see, and how its mid blocks are placed; drawn once per clip.
+
+  Attributes:
+    sink: [B] bool, the sink is hidden.
+    mid: [B] bool, the mid partition is hidden.
+    scatter: [B] bool, mid blocks are spread over more slots than they need.
+    crowd: [B] bool, where they are, copies fill the slots between.
+    order: [B, K] in [0, 1), which slots and which copies.
+    between: [B] in [0, 1), how many slots.
+  """
 
   sink: Array
   mid: Array
   scatter: Array
+  crowd: Array
   order: Array
   between: Array
 
 
 def draw_drops(key: Array, batch: int, cache: CacheSpec, spec: TeacherForcingSpec) -> Drops:
   """Draws the ablations of each clip of a batch."""
-  keys = jax.random.split(key, 5)
+  keys = jax.random.split(key, 6)
   # Ranks of K random numbers: the first n of a sorted random subset, for any n.
   order = jax.random.uniform(keys[3], (batch, cache.top_k))
   return Drops(sink=jax.random.bernoulli(keys[0], spec.drop_sink, (batch,)),
                mid=jax.random.bernoulli(keys[1], spec.drop_mid, (batch,)),
                scatter=jax.random.bernoulli(keys[2], spec.scatter_mid, (batch,)),
+               crowd=jax.random.bernoulli(keys[5], spec.crowd_mid, (batch,)),
                order=order, between=jax.random.uniform(keys[4], (batch,)))
 
 
-def training_layout(blocks: Array, drops: Drops, cache: CacheSpec) -> Layout:
-  """The sampler's layout with some partitions hidden and the few mid blocks spread out.
+class MidPlan(NamedTuple):
+  """Which archived block each mid slot of a training clip shows.
 
-  A clip with `scatter` places its n selected blocks in n random slots, in order, of a random number
-  of slots between n and K; nothing fills the others.
+  Attributes:
+    selected: [B, K] block numbers in time order, -1 for none.
+    slots: [B, K] the slots they take.
+    room: [B] slots between sink and recent.
   """
-  selected = jnp.minimum(cache_lib.archived_blocks(blocks, cache), cache.top_k)
-  room = selected + jnp.floor(drops.between * (cache.top_k - selected + 1)).astype(jnp.int32)
-  room = jnp.where(drops.scatter & (selected > 0), room, selected)
+
+  selected: Array
+  slots: Array
+  room: Array
+
+
+def plan_mid(blocks: Array, drops: Drops, cache: CacheSpec) -> MidPlan:
+  """Places the few mid blocks of a short clip as a long video would place its many.
+
+  A clip with `scatter` has `room` slots between sink and recent, a random number from the n
+  archived blocks up to K. Its blocks take n random slots of them, in order; with `crowd` every one
+  of the `room` slots shows an archived block, some of them several times.
+  """
+  archived = jnp.minimum(cache_lib.archived_blocks(blocks, cache), cache.top_k)
+  newest = blocks - cache.recent_blocks
+  scattered = archived + jnp.floor(drops.between * (cache.top_k - archived + 1)).astype(jnp.int32)
+  room = jnp.where(drops.scatter & (archived > 0), scattered, archived)
   taken = jnp.arange(cache.top_k)[None]
-  # Among `room` slots keep those with the `selected` smallest draws, in slot order.
-  draw = jnp.where(taken < room[:, None], drops.order, jnp.inf)
-  keep = jnp.argsort(jnp.argsort(draw, axis=1), axis=1) < selected
-  slots = jnp.sort(jnp.where(keep, taken, cache.top_k), axis=1)
-  slots = jnp.where(drops.scatter[:, None], slots, taken)
-  room = jnp.where(drops.mid, 0, room)
-  layout = cache_lib.layout(blocks, cache, mid_slots=slots, num_mid_slots=room)
+  inside = taken < room[:, None]
+  # Among `room` slots keep those with the n smallest draws, in slot order.
+  draw = jnp.where(inside, drops.order, jnp.inf)
+  keep = jnp.argsort(jnp.argsort(draw, axis=1), axis=1) < archived
+  slots = jnp.where(drops.scatter[:, None],
+                    jnp.sort(jnp.where(keep, taken, cache.top_k), axis=1), taken)
+  selected = jnp.where(taken < archived, newest - archived + taken, -1)
+  copies = jnp.floor(jnp.sort(jnp.where(inside, drops.order, 1.0), axis=1) * archived)
+  copies = jnp.where(inside, newest - archived + copies.astype(jnp.int32), -1)
+  crowd = (drops.scatter & drops.crowd & (archived > 0))[:, None]
+  selected = jnp.where(crowd, copies, selected)
+  selected = jnp.where(drops.mid[:, None], -1, selected)
+  return MidPlan(selected, jnp.where(crowd, taken, slots), jnp.where(drops.mid, 0, room))
+
+
+def training_layout(blocks: Array, drops: Drops, plan: MidPlan, cache: CacheSpec) -> Layout:
+  """The sampler's layout with the plan's mid slots, and some partitions hidden."""
+  layout = cache_lib.layout(blocks, cache, mid_slots=plan.slots, num_mid_slots=plan.room)
   return dataclasses.replace(layout, sink_valid=layout.sink_valid & ~drops.sink[:, None],
-                             mid_valid=layout.mid_valid & ~drops.mid[:, None])
+                             mid_valid=plan.selected >= 0)
+
+
+def planned_history(blocks: Array, drops: Drops, cache: CacheSpec) -> ContextFn:
+  """Context function of training's first pass: the planned mid blocks instead of selected ones.
+
+  A short clip archives no more blocks than are attended, so there is nothing to select.
+  """
+  plan = plan_mid(blocks, drops, cache)
+  layout = training_layout(blocks, drops, plan, cache)
+
+  def context_fn(layer: LayerCache, q: Array):
+    del q
+    context = cache_lib.context(layer, plan.selected, blocks, layout, spec=cache)
+    return context, (plan.selected, context)
+
+  return context_fn
 
 
 class BlockInput(NamedTuple):
-  """One block of every clip, as the scan sees it."""
+  """One block of every clip, as the scan sees it.
+
+  Attributes:
+    latents: [B, F, h, w, C], what is to be predicted.
+    past: the same with context noise, what later blocks remember.
+    tokens: [B, M, D], the compressed version of `past`.
+    key: of levels and noise.
+  """
 
   latents: Array
-  lr_latents: Array
+  past: Array
+  tokens: Array
   key: Array
 
 
-def _noisy_loss(models: Models, block: BlockInput, cache: PackCache, layout: Layout,
-                text: KeyValues, cache_spec: CacheSpec, spec: TeacherForcingSpec):
+def _noisy_loss(models: Models, block: BlockInput, cache: PackCache, context_fn: ContextFn,
+                text: KeyValues, spec: TeacherForcingSpec):
   """Flow-matching loss of several noisy versions of one block, and the history they saw."""
   level_key, noise_key = jax.random.split(block.key)
   x0 = jnp.repeat(block.latents, spec.noise_levels, axis=0)
@@ -156,21 +231,54 @@ def _noisy_loss(models: Models, block: BlockInput, cache: PackCache, layout: Lay
   out = models.transformer(
       flow_lib.add_noise(x0, noise, sigma),
       jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x0.shape[:2]), text,
-      slices=cache.layers, context_fn=step.select_history(cache.blocks, layout, cache_spec))
+      slices=cache.layers, context_fn=context_fn)
   error = jnp.mean((out.flow - flow_lib.flow_target(x0, noise))**2, axis=(1, 2, 3, 4))
   sigma = sigma[:, 0, 0, 0, 0]
   loss = error * (sigma**2 if spec.loss == 'x0' else 1.0)
   return loss, sigma, out.aux[1]
 
 
-def clip_loss(models: Models, batch: ClipBatch, key: Array, *, cache: CacheSpec,
-              spec: TeacherForcingSpec) -> tuple[Array, dict[str, Array]]:
+class Prepared(NamedTuple):
+  """A batch of clips before it is walked block by block; everything but the history.
+
+  Attributes:
+    blocks: `BlockInput` with a leading block axis.
+    positions: [M, 3] of the compressed tokens.
+    text: cross-attention keys/values [L, B, rows, N, H].
+    key: of the drops.
+  """
+
+  blocks: BlockInput
+  positions: np.ndarray
+  text: KeyValues
+  key: Array
+
+
+def prepare(models: Models, batch: ClipBatch, key: Array, spec: TeacherForcingSpec) -> Prepared:
+  """Cuts clips into blocks, spoils their past, compresses all blocks at once.
+
+  (At once, because convolutions inside a scan are very slow on a CPU.)
+  """
+  drop_key, noise_key, past_key = jax.random.split(key, 3)
+  frames = models.spec.video.frames_per_block
+  latents = einops.rearrange(batch.latents, 'b (n f) h w c -> n b f h w c', f=frames)
+  count = latents.shape[0]
+  past = noisy_past(past_key, latents, spec)
+  merged, positions = models.compress(
+      einops.rearrange(past, 'n b f h w c -> (n b) f h w c'),
+      einops.rearrange(batch.lr_latents, 'b n f h w c -> (n b) f h w c'))
+  tokens = einops.rearrange(merged, '(n b) m d -> n b m d', n=count)
+  inputs = BlockInput(latents, past, tokens, jax.random.split(noise_key, count))
+  return Prepared(inputs, positions, models.text_keys_values(batch.ids, batch.mask), drop_key)
+
+
+def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: TeacherForcingSpec
+              ) -> tuple[Array, dict[str, Array]]:
   """Loss of a batch of clips, averaged over blocks and noise levels, and its diagnosis.
 
   Args:
-    models: networks; only transformer, compressor and text encoder take part.
-    batch: encoded clips.
-    key: randomness of levels, noise and drops.
+    models: networks; only the transformer takes part.
+    clips: from `prepare`.
     cache: sizes of the history.
     spec: choices of the stage.
 
@@ -178,27 +286,19 @@ def clip_loss(models: Models, batch: ClipBatch, key: Array, *, cache: CacheSpec,
     The loss and metrics: loss per block at high noise (`high_noise/block_i`): where it falls below
     block 0's, copying from the cache has begun; the average hides that.
   """
-  drop_key, noise_key = jax.random.split(key)
-  frames = cache.frames_per_block
-  latents = einops.rearrange(batch.latents, 'b (n f) h w c -> n b f h w c', f=frames)
-  lr_latents = jnp.moveaxis(batch.lr_latents, 1, 0)
-  count, size = latents.shape[:2]
-  text = models.text_keys_values(batch.ids, batch.mask)
-  drops = draw_drops(drop_key, size, cache, spec)
+  count, size = clips.blocks.latents.shape[:2]
+  drops = draw_drops(clips.key, size, cache, spec)
 
   def body(history: PackCache, block: BlockInput):
-    layout = training_layout(history.blocks, drops, cache)
-    loss, sigma, context = _noisy_loss(models, block, history, layout, text, cache, spec)
-    strength_key, context_key = jax.random.split(jax.random.fold_in(block.key, 1))
-    strength = spec.context_noise * jax.random.uniform(strength_key, (size, 1, 1, 1, 1))
-    past = flow_lib.add_noise(block.latents, jax.random.normal(context_key, block.latents.shape),
-                              strength)
-    full, compressed, _ = step.clean_pass(models, past, block.lr_latents, text, slices=context,
+    context_fn = planned_history(history.blocks, drops, cache)
+    loss, sigma, context = _noisy_loss(models, block, history, context_fn, clips.text, spec)
+    full, compressed, _ = step.clean_pass(models, block.past, (block.tokens, clips.positions),
+                                          clips.text, slices=context,
                                           context_fn=step.reuse_history)
     return cache_lib.commit(history, full, compressed, spec=cache), (loss, sigma)
 
-  inputs = BlockInput(latents, lr_latents, jax.random.split(noise_key, count))
-  _, (loss, sigma) = jax.lax.scan(body, cache_lib.init(cache, size), inputs)
+  # Recomputing a block is cheaper than storing it, even on a CPU: 4.3 s a step instead of 5.4.
+  _, (loss, sigma) = jax.lax.scan(jax.checkpoint(body), cache_lib.init(cache, size), clips.blocks)
   high = sigma > 0.9
   per_block = jnp.sum(loss * high, axis=1) / jnp.maximum(jnp.sum(high, axis=1), 1)
   metrics = {f'high_noise/block_{i}': per_block[i] for i in range(count)}
@@ -217,7 +317,10 @@ class CausalObjective:
   def __init__(self, models: Models, cache: CacheSpec, spec: TeacherForcingSpec):
     self._models, self._spec = models, spec
     sizes = spec.sink_blocks or (cache.sink_blocks,)
-    self._caches = [dataclasses.replace(cache, sink_blocks=size) for size in sizes]
+    # A clip fills a few archive slots only; the others would be carried and differentiated for
+    # nothing.
+    self._caches = [dataclasses.replace(cache, sink_blocks=size, mid_capacity=cache.top_k)
+                    for size in sizes]
 
   def init(self, seed: int) -> dict[str, nnx.Module]:
     """The trained parts; `seed` is unused, the models come initialised."""
@@ -239,9 +342,13 @@ class CausalObjective:
     """See `clip_loss`; the sink's size is drawn per step."""
     models = self.assemble(params)
     choice, key = jax.random.split(key)
-    branches = [lambda k, cache=cache: clip_loss(models, batch, k, cache=cache, spec=self._spec)
+    clips = prepare(models, batch, key, self._spec)
+    branches = [lambda clips, cache=cache: clip_loss(models, clips, cache=cache, spec=self._spec)
                 for cache in self._caches]
     if len(branches) == 1:
-      return branches[0](key)
+      return branches[0](clips)
     index = jax.random.randint(choice, (), 0, len(branches))
-    return jax.lax.switch(index, branches, key)
+    positions = clips.positions  # static, so not an operand of the switch
+    return jax.lax.switch(index, [lambda clips, branch=branch: branch(
+        clips._replace(positions=positions)) for branch in branches],
+                          clips._replace(positions=None))

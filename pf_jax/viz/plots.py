@@ -103,6 +103,49 @@ def _grid_lines(axis: Any, shape: tuple[int, ...]) -> None:
     axis.tick_params(which='minor', length=0)
 
 
+# Colours of curves: distinguishable in print and for colour-blind readers (Okabe and Ito's).
+_CURVES = ('#111111', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+
+
+def interval_curves(panels: Mapping[str, Mapping[str, np.ndarray]], *, x_label: str,
+                    references: Mapping[str, Mapping[str, float]] | None = None,
+                    title: str = '') -> np.ndarray:
+  """Curves with bands, one panel per quantity.
+
+  Args:
+    panels: title of the panel -> name of the curve -> [4, n]: x, value, low, high.
+    x_label: below every panel.
+    references: title of the panel -> name -> height of a dashed line, such as chance.
+    title: shown above.
+
+  Returns:
+    uint8 [height, width, 3].
+
+  Raises:
+    ValueError: no panels, or a curve that is not [4, n].
+  """
+  if not panels or any(np.ndim(c) != 2 or len(c) != 4 for p in panels.values()
+                       for c in p.values()):
+    raise ValueError('wanted at least one panel, and curves [4, n]: x, value, low, high.')
+  figure, axes = _figure(1.5 + 4.6 * len(panels), 3.6, 1, len(panels))
+  for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+    for number, (label, (x, value, low, high)) in enumerate(curves.items()):
+      colour = _CURVES[number % len(_CURVES)]
+      axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+      axis.plot(x, value, color=colour, linewidth=1.6, marker='o', markersize=2.5, label=label)
+    for label, height in (references or {}).get(name, {}).items():
+      axis.axhline(height, color='#777777', linewidth=1, linestyle='--')
+      axis.annotate(label, (1, height), xycoords=('axes fraction', 'data'), fontsize=8,
+                    color='#777777', ha='right', va='bottom')
+    axis.set_xlabel(x_label)
+    axis.set_title(name, loc='left')
+    axis.grid(alpha=0.3)
+  axes[0, -1].legend(loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False)
+  if title:
+    figure.suptitle(title)
+  return _pixels(figure)
+
+
 def _plain_log_labels(axis: Any) -> None:
   """0.2, 0.5, 1, 2, 5, 10 instead of powers of ten."""
   from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -75,13 +75,13 @@ def read_module(tensors: Mapping[str, np.ndarray], shapes: Any, rules: Mapping[s
     raise ValueError(f'{len(extra)} tensors belong to no parameter, first {extra[0]!r}; {hint}')
 
   def fill(path, leaf):
-    rule = rules[_dotted(path)]
+    rule = rules[dotted(path)]
     sources = [np.asarray(tensors[name]) for name in rule.names(num_layers)]
     array = np.stack([rule.read(source) for source in sources])
     array = array if '{}' in rule.name else array[0]
     if array.shape != leaf.shape:
       raise ValueError(f'{rule.names(num_layers)[0]} of shape {sources[0].shape} makes '
-                       f'{_dotted(path)} {array.shape}, wanted {leaf.shape}; check the spec.')
+                       f'{dotted(path)} {array.shape}, wanted {leaf.shape}; check the spec.')
     return jnp.asarray(array, leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(fill, shapes)
@@ -91,13 +91,15 @@ def write_module(module: Any, rules: Mapping[str, Rule], num_layers: int) -> dic
   """The inverse of `read_module`: every parameter under its released name and in its layout."""
   tensors: dict[str, np.ndarray] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(module):
-    rule, array = rules[_dotted(path)], np.asarray(leaf)
+    rule, array = rules[dotted(path)], np.asarray(leaf)
     parts = array if '{}' in rule.name else array[None]
     names = rule.names(num_layers)
     tensors |= {name: rule.write(part) for name, part in zip(names, parts, strict=True)}
   return tensors
 
 
-def _dotted(path) -> str:
-  # A parameter's array sits in the `value` of its nnx.Param.
-  return '.'.join(key.name for key in path if key.name != 'value')
+def dotted(path: tuple[Any, ...]) -> str:
+  """A parameter's readable path, such as 'encoder.down.0.conv1.kernel'."""
+  names = (getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', None))) for key in path)
+  # A parameter's array sits in the `value` of its nnx.Param, a list's entries in its `_data`.
+  return '.'.join(str(name) for name in names if name not in ('value', '_data'))

@@ -65,6 +65,12 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
+def angular_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """1 - cos between the flattened arrays, the measure of the bfloat16 gates."""
+  ours, theirs = (np.asarray(x, np.float64).ravel() for x in (ours, theirs))
+  return float(1 - ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
+
+
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
   """Draws every parameter of a module, in place; norms around one, the rest around zero.
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from pf_jax.models import text
+from pf_jax.types import DTypes
 from pf_jax.weights.umt5 import umt5_from_wan, umt5_to_wan
 from tests.parity import oracles
 
 GATE = 2e-5  # max|d| / max|ref|, float32
+BF16_GATE = 2e-3  # 1 - cos
 SPEC = text.TextSpec(vocab_size=97, width=32, num_layers=3, num_heads=3, head_dim=8, ffn_width=56,
                      max_tokens=200)
 
@@ -38,6 +40,13 @@ def _encode(encoder, ids, mask):
 def test_encoder_matches_transformers():
   _, encoder, ids, mask, wanted = _case()
   assert oracles.relative_error(_encode(encoder, ids, mask), wanted) <= GATE
+
+
+def test_bfloat16_stays_close():
+  model, _, ids, mask, wanted = _case()
+  encoder = umt5_from_wan(oracles.wan_tensors(model), SPEC,
+                          dtypes=DTypes(params='bfloat16', compute='bfloat16'))
+  assert oracles.angular_error(_encode(encoder, ids, mask), wanted) <= BF16_GATE
 
 
 def test_prompt_alone_gives_the_same_rows_as_padded():

@@ -15,10 +15,12 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from pf_jax.kernels import rope
 from pf_jax.models import transformer as transformer_lib
+from pf_jax.types import DTypes
 from pf_jax.weights.dit import dit_from_wan
 from tests.models.cached import GATE, SPEC, cache_spec, cached_flows
 from tests.parity import oracles, write_goldens
 
+BF16_GATE = 2e-4  # 1 - cos
 BITES = 10 * GATE
 
 
@@ -53,6 +55,13 @@ def _flow(model, latents, timesteps, text):
 
 def test_bidirectional_pass_matches_diffusers():
   assert oracles.relative_error(_flow(_model(), **_case()), _wanted()) <= GATE
+
+
+def test_bfloat16_stays_close():
+  spec = dataclasses.replace(SPEC, dtypes=DTypes('bfloat16', 'bfloat16', 'bfloat16'))
+  model = dit_from_wan(oracles.wan_tensors(_oracle()), spec)
+  assert model.layers.self_attn.q.kernel.dtype == jnp.bfloat16
+  assert oracles.angular_error(_flow(model, **_case()), _wanted()) <= BF16_GATE
 
 
 def test_one_timestep_a_sample_equals_the_same_for_every_frame():
@@ -115,8 +124,24 @@ def test_gate_fails_history_moved_by_one_frame(monkeypatch):
   assert oracles.relative_error(cached_flows(_model(), case, _windowed())[0], wanted) > BITES
 
 
+def test_gate_fails_swapped_norms(monkeypatch):
+  """The affine norm before the feed-forward and the plain one before the cross-attention."""
+  plain, affine, skipped = (transformer_lib.layer_norm, transformer_lib.AffineLayerNorm.__call__,
+                            [])
+
+  def norm3(self, x):
+    skipped.append(self)
+    return plain(x)
+
+  monkeypatch.setattr(transformer_lib.AffineLayerNorm, '__call__', norm3)
+  # The next plain norm of the same layer is the feed-forward's.
+  monkeypatch.setattr(transformer_lib, 'layer_norm',
+                      lambda x: affine(skipped.pop(), x) if skipped else plain(x))
+  assert oracles.relative_error(_flow(_model(), **_case()), _wanted()) > BITES
+  assert not skipped
+
+
 def _affine_norm_left_out(tensors):
-  """As when the norms' numbers are confused: norm3 is the one that has parameters."""
   for layer in range(SPEC.num_layers):
     tensors[f'blocks.{layer}.norm3.weight'] = np.ones(SPEC.width, np.float32)
     tensors[f'blocks.{layer}.norm3.bias'] = np.zeros(SPEC.width, np.float32)

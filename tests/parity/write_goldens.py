@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 import torch
 
-from tests.parity import oracles
+from tests.parity import oracles, vae_oracle
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / 'goldens'
 LARGEST = 600_000  # bytes a file, so that the repository stays small
@@ -111,7 +111,8 @@ def pack_case() -> Arrays:
       'fifo': fifo.astype(np.int32)}
 
 
-CASES = {'text': text_case, 'dit': dit_case, 'dit_causal': causal_case, 'dit_pack': pack_case}
+CASES = {'text': text_case, 'dit': dit_case, 'dit_causal': causal_case, 'dit_pack': pack_case,
+         'vae': vae_oracle.vae_case}
 
 
 def _weights(model: torch.nn.Module) -> Arrays:

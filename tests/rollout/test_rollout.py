@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pf_jax.models import bundle
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
 from pf_jax.rollout.rollout import rollout, to_frames
 from pf_jax.rollout.stream import Programs, stream
-from pf_jax.testing import tiny_model_spec
+from pf_jax.testing import random_models, tiny_model_spec
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -20,18 +19,10 @@ BLOCKS, BATCH, SWITCH = 9, 2, 5
 PROMPTS = [0] * SWITCH + [1] * (BLOCKS - SWITCH)
 
 
-def randomised(models, seed: int):
-  """Every parameter moved away from its start: zero heads and unit norms hide mistakes."""
-  leaves, tree = jax.tree.flatten(models)
-  rng = np.random.default_rng(seed)
-  return jax.tree.unflatten(tree, [
-      x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype) for x in leaves])
-
-
 @pytest.fixture(scope='module')
 def world():
   """Models, spec, compiled programs, two prompts' text, keys, and the streamed blocks."""
-  models = randomised(bundle.init(tiny_model_spec(), 0), 1)
+  models = random_models(tiny_model_spec(), 1)
   spec = RolloutSpec(block_lib.cache_spec(models.spec, sink_blocks=1, recent_blocks=2, top_k=1,
                                           mid_capacity=3), SamplerSpec(steps=(1000.0, 500.0)))
   programs = Programs(models, BATCH, spec)

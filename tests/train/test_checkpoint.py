@@ -1,7 +1,9 @@
 """Checkpoints: exact round trip, mismatches named, damage detected and survived."""
 
+import contextlib
 import dataclasses
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -157,6 +159,38 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
   assert not leftover.exists()
 
 
+@contextlib.contextmanager
+def full_disk(size):
+  """No file may grow beyond `size` bytes: the same failed write as on a full disk."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def big_state(step):
+  """2 MB of noise, which does not compress."""
+  params = {'w': jax.random.normal(jax.random.key(0), (512, 512))}
+  return at_step(state.init_state(params, optax.sgd(1e-3), seed=3, ema=True), step)
+
+
+def test_full_disk_is_one_error_and_leaves_the_earlier_step(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(big_state(1))
+  with pytest.raises(checkpoint.CheckpointNotSaved, match=r'too large\. Step 1 is intact; free'):
+    with full_disk(100_000), checkpoint.Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(big_state(2))
+      # The write fails in the background; whoever waits or saves next hears of it.
+      checkpoints.save(big_state(3))
+  assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
+  assert int(restore(tmp_path, big_state(0))[0][0].step) == 1
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(big_state(2))
+  assert int(restore(tmp_path, big_state(0))[0][0].step) == 2
+
+
 def test_parameters_alone(tmp_path):
   with pytest.raises(FileNotFoundError, match='no checkpoints'):
     checkpoint.load_params(tmp_path, make_state().params)
@@ -165,10 +199,13 @@ def test_parameters_alone(tmp_path):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(dataclasses.replace(train_state, ema=average))
   template = jax.eval_shape(lambda: make_state().params)
+  in_progress = tmp_path / 'checkpoints' / '00000009.orbax-checkpoint-tmp'
+  in_progress.mkdir()
   assert float(checkpoint.load_params(tmp_path, template)['w'][0, 0]) == 2
   assert float(checkpoint.load_params(tmp_path, template, ema=False)['w'][0, 0]) == 1
   with pytest.raises(checkpoint.CheckpointMismatch, match='ema/w'):
     checkpoint.load_params(tmp_path, {**template, 'w': jnp.ones((9, 9))})
+  assert in_progress.is_dir()  # reading leaves a running training alone
 
 
 def test_modules_round_trip(tmp_path):

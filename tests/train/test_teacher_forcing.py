@@ -15,6 +15,7 @@ from pf_jax.train.teacher_forcing import (
     TeacherForcingSpec,
     draw_drops,
     draw_sigmas,
+    plan_mid,
     training_layout,
 )
 
@@ -23,8 +24,13 @@ pytestmark = pytest.mark.timeout(300)
 
 def drops(**values) -> Drops:
   base = dict(sink=[False], mid=[False], scatter=[False], order=[[0.9, 0.1, 0.5, 0.3]],
-              between=[0.0])
+              between=[0.0], crowd=[False])
   return Drops(**{name: jnp.asarray(v) for name, v in (base | values).items()})
+
+
+def layout_of(drawn, cache):
+  """After four clean blocks."""
+  return training_layout(jnp.int32(4), drawn, plan_mid(jnp.int32(4), drawn, cache), cache)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +39,7 @@ def cache_spec():
 
 
 def test_layout_without_drops_is_the_samplers(cache_spec):
-  layout = training_layout(jnp.int32(4), drops(), cache_spec)
+  layout = layout_of(drops(), cache_spec)
   assert layout.mid[0, :2].tolist() == [4, 8]
   assert layout.recent.tolist() == [[12]]
   assert layout.current.tolist() == [16]
@@ -42,14 +48,22 @@ def test_layout_without_drops_is_the_samplers(cache_spec):
 
 def test_scattered_mid_blocks_take_the_smallest_draws_in_order(cache_spec):
   """All four slots are open; draws .1 and .3 win, slots 1 and 3, positions 4 + 4 * slot."""
-  layout = training_layout(jnp.int32(4), drops(scatter=[True], between=[0.99]), cache_spec)
+  layout = layout_of(drops(scatter=[True], between=[0.99]), cache_spec)
   assert layout.mid[0, :2].tolist() == [8, 16]
   assert layout.recent.tolist() == [[20]]
   assert layout.current.tolist() == [24]
 
 
+def test_a_crowd_fills_the_slots_between_with_copies_in_order(cache_spec):
+  """Two archived blocks, 1 and 2, for four slots: the sorted draws choose 1, 1, 2, 2."""
+  plan = plan_mid(jnp.int32(4), drops(scatter=[True], between=[0.99], crowd=[True]), cache_spec)
+  assert plan.selected.tolist() == [[1, 1, 2, 2]]
+  assert plan.slots.tolist() == [[0, 1, 2, 3]]
+  assert plan.room.tolist() == [4]
+
+
 def test_dropped_partitions_are_hidden(cache_spec):
-  layout = training_layout(jnp.int32(4), drops(sink=[True], mid=[True]), cache_spec)
+  layout = layout_of(drops(sink=[True], mid=[True]), cache_spec)
   assert not layout.sink_valid.any()
   assert not layout.mid_valid.any()
   assert layout.current.tolist() == [8]  # no gap is left where mid would be
@@ -85,7 +99,7 @@ def gradients():
   found = {}
   for seed in range(20):
     key = jax.random.key(seed)
-    drop_key = jax.random.split(jax.random.split(key)[1])[0]
+    drop_key = jax.random.split(jax.random.split(key)[1], 3)[0]
     dropped = bool(draw_drops(drop_key, 1, cache, spec).mid[0])
     if dropped not in found:
       found[dropped] = run(objective.init(0), batch, key)

@@ -94,3 +94,23 @@ def test_curves_draw_and_name_what_is_missing():
   assert picture.std() > 5
   with pytest.raises(ValueError, match='loss'):
     plots.training_curves(records, ('los',))
+
+
+def test_interval_curves_stand_where_their_values_are():
+  x = np.arange(3.0)
+  low, high = np.stack([x, 0 * x, 0 * x, 0 * x]), np.stack([x, 0 * x + 1, 0 * x + 1, 0 * x + 1])
+  picture = plots.interval_curves({'one': {'a': low, 'b': high}}, x_label='block',
+                                  references={'one': {'chance': 0.5}}).astype(int)
+
+  def rows(colour):
+    rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    axis = picture[:, :picture.shape[1] // 2]  # without the legend
+    return np.flatnonzero((np.abs(axis - rgb).max(-1) < 40).sum(1) > axis.shape[1] // 3)
+  bottom, top = rows(plots._CURVES[0]).max(), rows(plots._CURVES[1])
+  assert len(top)
+  assert top.max() + 100 < bottom
+  assert any(abs(row - (top.mean() + bottom) / 2) < 15 for row in rows('#777777'))
+  with pytest.raises(ValueError, match=r'curves \[4, n\]'):
+    plots.interval_curves({'one': {'a': low[:3]}}, x_label='block')
+  with pytest.raises(ValueError, match='at least one panel'):
+    plots.interval_curves({}, x_label='block')

@@ -1,0 +1,46 @@
+"""Stage "causal": teacher-forced block-causal flow matching on drifting digits, 5-second clips.
+
+Purpose: the miniature that ships. Needs the VAE of configs/digits/vae.py; encodes `clips` clips
+once into `store`, then trains transformer, compressor and text encoder. `samples.png` shows one
+prompt of each class; `model/` is what sampling loads.
+
+Command:
+  python -m launch.train --config=configs/digits/causal.py --workdir=runs/causal
+Variant `tiny` trains a few thousand parameters for a few steps (tests).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arguments
+from configs.digits import model
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Fields of `pf_jax.train.causal_stage.CausalStage`, the name of the stage, and `TrainConfig`."""
+  tiny = arguments.parse(arg, tiny=False)['tiny']
+  config = ConfigDict()
+  config.stage = 'causal'
+  config.model = model.get_config('tiny' if tiny else None)
+  config.vae = 'runs/vae/vae'
+  config.store = 'runs/latents'
+  config.clips = 4 if tiny else 2000
+  config.clip_blocks = 5
+  config.encode_batch = 2 if tiny else 4
+  config.batch_size = 2 if tiny else 8
+  config.eval_blocks = 2 if tiny else 6
+  config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
+  config.cache = ConfigDict(dict(sink_blocks=1, recent_blocks=1, top_k=16, mid_capacity=128))
+  config.sampler = ConfigDict(dict(
+      solver='euler', steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0))
+  config.teacher_forcing = ConfigDict(dict(
+      noise_levels=4, shift=5.0, uniform_share=0.2, loss='x0', context_noise=0.1, drop_sink=0.1,
+      drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8, crowd_mid=0.6))
+  config.train = ConfigDict(dict(
+      steps=2 if tiny else 900, seed=0, log_every=1 if tiny else 25,
+      save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 300, ema_decay=0.99,
+      max_skipped_in_a_row=20))
+  config.train.optimizer = ConfigDict(dict(
+      name='muon', learning_rate=1e-2, adam_learning_rate=2e-3, schedule='cosine',
+      warmup_steps=30, final_fraction=0.02, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.99))
+  config.lock()
+  return config

@@ -1,0 +1,247 @@
+"""Load a model, sample a video, write it: the three lines, and the one way to sample blocks.
+
+    video = pf_jax.load().sample('a white seven drifts right on a teal background', seconds=120)
+    video.write('seven.mp4')
+
+`Pipeline.blocks` yields a batch of videos block by block through `rollout.stream`; `sample` and the
+command line are built on it. The scan of `rollout.rollout` gives the same blocks, but XLA runs
+convolutions inside a scan very slowly on a CPU.
+"""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pf_jax.cache import CacheSpec
+from pf_jax.models.bundle import Models
+from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.progress import Progress
+from pf_jax.request import PromptSchedule, check_seed, parse_prompt
+from pf_jax.rollout.block import RolloutSpec, SamplerSpec, cache_spec
+from pf_jax.rollout.stream import Block, Programs, stream
+from pf_jax.types import Array, KeyValues, VideoSpec
+from pf_jax.viz.video import VideoWriter
+from pf_jax.weights import package
+
+PACKAGED = package.ROOT / 'digits'
+MODEL_FOLDER = 'model'  # where training leaves its model, inside the workdir
+
+Choices = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+  """One finished video.
+
+  Attributes:
+    frames: uint8 [T, H, W, 3].
+    fps: frames per second.
+    prompt: as it was typed, with its switches.
+    seed: of its noise.
+    latents: float32 [blocks * F, h, w, C].
+  """
+
+  frames: np.ndarray
+  fps: int
+  prompt: str
+  seed: int
+  latents: np.ndarray
+
+  def write(self, path: str | os.PathLike, *, overwrite: bool = False,
+            quality: int = 18) -> pathlib.Path:
+    """Writes an MP4.
+
+    Args:
+      path: ends in .mp4; its directory exists.
+      overwrite: replace an existing file.
+      quality: see `VideoWriter`.
+
+    Raises:
+      ValueError: the file cannot be created.
+      OutputExists: the file exists and `overwrite` is false.
+    """
+    height, width = self.frames.shape[1:3]
+    with VideoWriter(path, height, width, self.fps, quality=quality, overwrite=overwrite) as writer:
+      for start in range(0, len(self.frames), self.fps):  # a fragment a second
+        writer.write(self.frames[start:start + self.fps])
+    return writer.path
+
+
+class Pipeline:
+  """A model ready to sample.
+
+  Attributes:
+    models: the networks.
+    tokenizer: for prompts.
+    spec: static choices of the rollout.
+    choices: the same as the fields of `CacheSpec` and `SamplerSpec` they were made from, JSON-able:
+      {'cache': {...}, 'sampler': {...}}.
+    directory: where the model came from, None if it was made in memory.
+  """
+
+  def __init__(self, models: Models, tokenizer: Tokenizer, *, choices: Choices | None = None,
+               directory: pathlib.Path | None = None):
+    """Puts the parts together; nothing is compiled yet.
+
+    Args:
+      models: the networks.
+      tokenizer: must not know more tokens than the text encoder embeds.
+      choices: {'cache': fields of `CacheSpec`, 'sampler': fields of `SamplerSpec`}.
+      directory: where the model came from.
+
+    Raises:
+      ValueError: unknown or contradicting choices, or a tokenizer that does not fit.
+    """
+    given = {name: dict((choices or {}).get(name, {})) for name in ('cache', 'sampler')}
+    _check_names('cache', given['cache'], cache_choices())
+    _check_names('sampler', given['sampler'], [f.name for f in dataclasses.fields(SamplerSpec)])
+    if tokenizer.vocab_size > models.spec.text.vocab_size:
+      raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the text encoder embeds '
+                       f'{models.spec.text.vocab_size}; use the model\'s own tokenizer.json.')
+    if 'steps' in given['sampler']:
+      given['sampler']['steps'] = tuple(given['sampler']['steps'])
+    self.models, self.tokenizer, self.directory = models, tokenizer, directory
+    self.spec = RolloutSpec(cache_spec(models.spec, **given['cache']),
+                            SamplerSpec(**given['sampler']))
+    self.choices = {'cache': {n: getattr(self.spec.cache, n) for n in cache_choices()},
+                    'sampler': dataclasses.asdict(self.spec.sampler)}
+    self._programs: dict[int, Programs] = {}
+
+  @property
+  def video(self) -> VideoSpec:
+    """Geometry of the videos."""
+    return self.models.spec.video
+
+  def programs(self, batch: int = 1) -> Programs:
+    """The compiled programs for `batch` videos; compiled at the first call."""
+    if batch not in self._programs:
+      self._programs[batch] = Programs(self.models, batch, self.spec)
+    return self._programs[batch]
+
+  def blocks(self, prompts: Sequence[str | PromptSchedule], count: int, seeds: Sequence[int], *,
+             replay: Sequence[tuple[Array, Array]] = ()) -> Iterator[Block]:
+    """Samples a batch of videos block by block; memory does not grow with their length.
+
+    Args:
+      prompts: one per video; all videos of a batch switch at the same blocks.
+      count: blocks per video.
+      seeds: one per video; a video's noise depends on its own seed only.
+      replay: (latents, selection) of the first blocks, see `rollout.stream`.
+
+    Yields:
+      `Block`, one by one.
+
+    Raises:
+      ValueError: a prompt or seed that cannot be used; videos that switch at different blocks.
+    """
+    schedules = [p if isinstance(p, PromptSchedule) else parse_prompt(p) for p in prompts]
+    if not schedules or len(schedules) != len(seeds):
+      raise ValueError(f'got {len(schedules)} prompts and {len(seeds)} seeds; wanted one seed per '
+                       'video and at least one video.')
+    if len({schedule.starts for schedule in schedules}) > 1:
+      raise ValueError(f'the videos of a batch switch at {[s.starts for s in schedules]}; sample '
+                       'them in batches of equal switches.')
+    if count < 1:
+      raise ValueError(f'{count=} blocks must be at least 1.')
+    for schedule, seed in zip(schedules, seeds, strict=True):
+      schedule.check_length(count)
+      check_seed(seed)
+    programs = self.programs(len(schedules))
+    text = [self._encode(programs, texts)
+            for texts in zip(*(schedule.texts for schedule in schedules), strict=True)]
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    prompt_index = [schedules[0].of_block(block) for block in range(count)]
+    return stream(programs, text, prompt_index, keys, replay=replay)
+
+  def _encode(self, programs: Programs, texts: Sequence[str]) -> KeyValues:
+    batch = self.tokenizer(texts)
+    return programs.encode_text(jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+
+  def sample(self, prompt: str, *, seconds: float = 10.0, seed: int = 0,
+             progress: bool = True) -> Video:
+    """Samples one video.
+
+    Args:
+      prompt: what the video shows; 'text | BLOCK: text' changes it on the way.
+      seconds: length; rounded up to whole blocks.
+      seed: of the noise.
+      progress: show it on standard error.
+
+    Raises:
+      ValueError: an unusable prompt, length or seed.
+    """
+    count = self.video.blocks_for_seconds(seconds)
+    blocks = self.blocks([prompt], count, [seed])
+    bar = Progress(count, unit='block') if progress else None
+    frames, latents = [], []
+    for block in blocks:
+      frames.append(np.asarray(block.frames)[0])
+      latents.append(np.asarray(block.latents)[0])
+      if bar:
+        bar.update()
+    if bar:
+      bar.close()
+    return Video(np.concatenate(frames), self.video.fps, prompt, seed, np.concatenate(latents))
+
+
+def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any] | None = None,
+         sampler: Mapping[str, Any] | None = None) -> Pipeline:
+  """Loads a model for sampling.
+
+  Args:
+    checkpoint: a model directory, or the workdir of a training; None is the packaged model.
+    cache: fields of `CacheSpec` that differ from the model's own choice.
+    sampler: fields of `SamplerSpec`, likewise.
+
+  Raises:
+    PackageError: no usable model there.
+    ValueError: choices that do not exist or contradict each other.
+  """
+  directory = find_model(checkpoint)
+  models, choices, _, _ = package.load_model(directory)
+  own = directory / package.TOKENIZER_FILE
+  tokenizer = Tokenizer.from_file(own if own.exists() else PACKAGED / package.TOKENIZER_FILE,
+                                  max_tokens=models.spec.text.max_tokens)
+  return Pipeline(models, tokenizer, directory=directory, choices={
+      'cache': {**choices.get('cache', {}), **(cache or {})},
+      'sampler': {**choices.get('sampler', {}), **(sampler or {})}})
+
+
+def find_model(checkpoint: str | os.PathLike | None) -> pathlib.Path:
+  """The model directory that `load` would read.
+
+  Raises:
+    PackageError: there is none.
+  """
+  if checkpoint is None:
+    return PACKAGED
+  root = pathlib.Path(checkpoint)
+  for directory in (root, root / MODEL_FOLDER):
+    if (directory / package.SPEC_FILE).is_file():
+      return directory
+  reason = 'does not exist' if not root.exists() else 'holds no model'
+  raise package.PackageError(
+      f'checkpoint {str(root)!r} {reason}; wanted a directory with {package.SPEC_FILE} and '
+      f'{package.WEIGHTS_FILE}, or a training workdir with such a directory "{MODEL_FOLDER}".')
+
+
+def cache_choices() -> tuple[str, ...]:
+  """The fields of `CacheSpec` that are choices, not sizes of the model."""
+  fixed = ('dtype', 'mid_offsets')  # the model's spec says these
+  return tuple(field.name for field in dataclasses.fields(CacheSpec)
+               if field.default is not dataclasses.MISSING and field.name not in fixed)
+
+
+def _check_names(section: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+  for name in given:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, n=1)
+      hint = f' (did you mean {close[0]}?)' if close else ''
+      raise ValueError(f'{section} has no choice {name!r}{hint}; it has {", ".join(known)}.')

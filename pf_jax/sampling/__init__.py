@@ -1,0 +1,1 @@
+"""Sampling as a job: files that survive kills, measurements, resume, and decoding again."""

@@ -1,0 +1,226 @@
+"""A request laid out for one model and directory, and the JSON that describes it."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pf_jax import outputs
+from pf_jax import pipeline as pipeline_lib
+from pf_jax.models.tokenizer import UNK
+from pf_jax.pipeline import Pipeline
+from pf_jax.request import Request, RequestError
+from pf_jax.rollout.stream import Block
+from pf_jax.sampling import files, meter
+from pf_jax.sampling import record as record_lib
+from pf_jax.sampling.config import SampleSpec
+from pf_jax.sampling.files import BatchFiles
+from pf_jax.sampling.record import Record
+from pf_jax.viz.video import check_video_size
+from pf_jax.weights import package
+
+ROLLOUT = 'stream'
+FINISHED, UNFINISHED = 'finished', 'unfinished'
+FORMAT_VERSION = 1
+Say = Callable[[str], None]
+
+
+class SampleError(ValueError):
+  """A run that cannot start or go on; the message is meant for the person who asked for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What each block of each file will be.
+
+  Attributes:
+    request: what was asked for.
+    spec: settings.
+    pipeline: the loaded model.
+    root: directory of the files.
+    batches: indices of the videos that advance together.
+
+  Raises:
+    SampleError: the videos end before one of their switches, or cannot be stored.
+  """
+
+  request: Request
+  spec: SampleSpec
+  pipeline: Pipeline
+  root: pathlib.Path
+  batches: tuple[tuple[int, ...], ...]
+
+  def __post_init__(self):
+    video = self.pipeline.video
+    try:
+      check_video_size(video.height, video.width, video.fps)
+      for schedule in self.request.schedules:
+        schedule.check_length(self.blocks)
+    except (ValueError, RequestError) as error:
+      raise SampleError(str(error)) from error
+
+  @property
+  def blocks(self) -> int:
+    """Of every video."""
+    return self.pipeline.video.blocks_for_seconds(self.request.seconds)
+
+  @property
+  def batch(self) -> int:
+    """Rows of the compiled programs; a smaller batch repeats its last video."""
+    return max(map(len, self.batches))
+
+  @property
+  def names(self) -> list[str]:
+    """Of the videos, without an ending."""
+    return files.video_names(self.request)
+
+  def rows(self, index: int) -> list[int]:
+    """The video in each row of a batch."""
+    videos = list(self.batches[index])
+    return videos + videos[-1:] * (self.batch - len(videos))
+
+  def record(self, index: int, source: pathlib.Path | None = None) -> Record:
+    """Opens the record of a batch, to write in the plan's directory or to read in another."""
+    video, cache = self.pipeline.video, self.pipeline.spec.cache
+    shapes = {record_lib.LATENTS: ((self.batch, *video.block_latent_shape), 'float32'),
+              record_lib.SELECTED: ((cache.num_layers, self.batch, cache.top_k), 'int32')}
+    return Record(files.record_path(source or self.root, index), self.blocks, shapes,
+                  create=source is None)
+
+  def sample(self, index: int, replay: Record) -> Iterator[Block]:
+    """The blocks of a batch, from `Pipeline.blocks`."""
+    rows, schedules, seeds = self.rows(index), self.request.schedules, self.request.seeds
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', UserWarning)  # said before, see `warn_about_prompts`
+      return self.pipeline.blocks([schedules[row] for row in rows], self.blocks,
+                                  [seeds[row] for row in rows], replay=replay)
+
+  def open_files(self, index: int, *, replayed: int = 0) -> BatchFiles:
+    """The videos and the contact sheet of a batch, ready to be written."""
+    videos = self.batches[index]
+    return BatchFiles(
+        self.root, [self.names[video] for video in videos],
+        [self.request.prompts[video] for video in videos], self.pipeline.video,
+        blocks=self.blocks, replayed=replayed, quality=self.spec.quality,
+        columns=self.spec.sheet_columns, sheet=files.sheet_name(index, len(self.batches)))
+
+  @functools.cached_property
+  def digests(self) -> dict[str, str]:
+    """Of the model's files; empty for a model made in memory."""
+    directory = self.pipeline.directory
+    return {} if directory is None else {
+        name: files.file_digest(directory / name)
+        for name in (package.SPEC_FILE, package.WEIGHTS_FILE)}
+
+  def identity(self) -> dict[str, Any]:
+    """What decides every bit of the result, as it reads back from JSON."""
+    return json.loads(json.dumps({
+        'prompts': self.request.prompts, 'seconds': self.request.seconds,
+        'seed': self.request.seed, 'blocks': self.blocks, 'batches': self.batches,
+        'model': self.digests, **self.pipeline.choices}))
+
+  def write_sidecars(self, index: int, done: int, status: str, **more: Any) -> None:
+    """Writes the JSON beside each video of a batch, `done` blocks of which are finished."""
+    versions = meter.versions()
+    for video in self.batches[index]:
+      outputs.write_json(self.root / f'{self.names[video]}.json', {
+          'status': status, **self._describe(video, done), 'model': self.digests,
+          'versions': versions, **more})
+
+  def _describe(self, video: int, done: int) -> dict[str, Any]:
+    schedule, geometry = self.request.schedules[video], self.pipeline.video
+    return {
+        'file': f'{self.names[video]}.mp4', 'prompt': schedule.source, 'texts': schedule.texts,
+        'text_of_block': [schedule.of_block(block) for block in range(self.blocks)],
+        'seed': self.request.seeds[video], 'seconds': self.request.seconds, 'blocks': done,
+        'planned_blocks': self.blocks, 'frames': geometry.pixel_frames(done) if done else 0,
+        'fps': geometry.fps, 'height': geometry.height, 'width': geometry.width,
+        'frames_per_block': geometry.frames_per_block, 'rollout': ROLLOUT,
+        'config': {**dataclasses.asdict(self.spec), **self.pipeline.choices}}
+
+  def is_finished(self, index: int) -> bool:
+    """Whether nothing is left to do for a batch, by its sidecars."""
+    names = [self.names[video] for video in self.batches[index]]
+    return all(read_json(self.root / f'{name}.json').get('status') == FINISHED
+               and (self.root / f'{name}.mp4').exists() for name in names)
+
+
+def load_pipeline(checkpoint: Any, cache: Mapping[str, Any], sampler: Mapping[str, Any]
+                  ) -> Pipeline:
+  """`pf_jax.load`, with its refusals as SampleError."""
+  try:
+    return pipeline_lib.load(checkpoint, cache=cache, sampler=sampler)
+  except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
+    raise SampleError(str(error)) from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object, or {} where there is none to read."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def write_run(plan: Plan) -> None:
+  """Writes run.json; from here on there is something to resume or decode."""
+  directory = plan.pipeline.directory
+  packaged = directory in (None, pipeline_lib.PACKAGED)
+  outputs.write_json(plan.root / files.RUN_FILE, {
+      'version': FORMAT_VERSION, 'identity': plan.identity(), 'versions': meter.versions(),
+      'checkpoint': None if packaged or directory is None else str(directory.resolve()),
+      'settings': dataclasses.asdict(plan.spec)})
+
+
+def read_run(root: pathlib.Path) -> dict[str, Any]:
+  """What run.json says.
+
+  Raises:
+    SampleError: missing, damaged or of another version.
+  """
+  run = read_json(root / files.RUN_FILE)
+  if run.get('version') != FORMAT_VERSION or not isinstance(run.get('identity'), dict):
+    raise SampleError(f'{root / files.RUN_FILE} is missing, damaged or not of version '
+                      f'{FORMAT_VERSION}; there is nothing to continue or decode.')
+  return run
+
+
+def check_same(run: Mapping[str, Any], plan: Plan, remedy: str, say: Say) -> None:
+  """Compares a plan with the run on disk.
+
+  Args:
+    run: from `read_run`.
+    plan: what is asked for now.
+    remedy: ends the message.
+    say: is told when only versions differ, which may change the last bits.
+
+  Raises:
+    SampleError: they are not the same; names what differs.
+  """
+  before, now = run['identity'], plan.identity()
+  changed = [f'{name} was {before.get(name)!r:.80}, is now {now.get(name)!r:.80}'
+             for name in {**before, **now} if before.get(name) != now.get(name)]
+  if changed:
+    raise SampleError(f'another run: {"; ".join(changed)}. {remedy}')
+  versions = meter.versions()
+  differing = [f'{name} was {run["versions"].get(name)}, is now {version}'
+               for name, version in versions.items() if run['versions'].get(name) != version]
+  if differing:
+    say(f'note: {", ".join(differing)}; the last bits may differ from an uninterrupted run.')
+
+
+def warn_about_prompts(pipeline: Pipeline, texts: Sequence[str], say: Say) -> None:
+  """Says what the tokenizer cannot represent, once for every text."""
+  for text in dict.fromkeys(texts):
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter('always')
+      pipeline.tokenizer(text)
+    for warning in caught:
+      say(f'warning: {warning.message}')
+    if unknown := pipeline.tokenizer.pieces(text).count(UNK):
+      say(f'warning: the prompt {text.strip()[:40]!r} has {unknown} pieces outside the '
+          'vocabulary; the model sees <unk> there.')

@@ -1,0 +1,211 @@
+"""WanVae against diffusers' AutoencoderKLWan, every weight randomised, in one shot and streamed.
+
+17 pixel frames of 40x56: five latent frames of an odd size, so the first, the second and the steady
+latent frame all take part. Each plausible mistake is made on purpose and must fail the gate.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+from pf_jax.models import vae as vae_lib
+from pf_jax.weights.vae import vae_from_wan, vae_to_wan
+from tests.parity import vae_oracle
+from tests.parity.oracles import angular_error, relative_error
+
+GATE = 1e-5  # max|d| / max|ref|, float32
+BF16_GATE = 5e-4  # 1 - cos
+BITES = 100 * GATE
+SPEC = vae_lib.VaeSpec(base_width=8, latent_channels=4)
+
+
+@functools.cache
+def _case():
+  model = vae_oracle.tiny_wan_vae(seed=0)
+  # Quiet enough that clamping hides nothing.
+  model.decoder.conv_out.weight.data *= 0.2
+  rng = np.random.default_rng(1)
+  pixels = rng.uniform(-1, 1, (2, 17, 40, 56, 3)).astype(np.float32)
+  latents = rng.standard_normal((2, 5, 5, 7, 4)).astype(np.float32)
+  decoded = vae_oracle.decode(model, latents)
+  assert np.mean(np.abs(decoded) < 1) > 0.9
+  return (model, vae_from_wan(vae_oracle.vae_tensors(model), SPEC), pixels, latents,
+          vae_oracle.encode(model, pixels), decoded)
+
+
+def _encode(vae, pixels):
+  # A new function each time: mutations patch what tracing calls.
+  return jax.jit(lambda *args: vae_lib.WanVae.encode_moments(*args))(vae, pixels)
+
+
+def _decode(vae, latents):
+  return jax.jit(lambda *args: vae_lib.WanVae.decode(*args))(vae, latents)
+
+
+def test_moments_match_diffusers():
+  _, vae, pixels, _, wanted, _ = _case()
+  for ours, theirs in zip(_encode(vae, pixels), wanted, strict=True):
+    assert relative_error(ours, theirs) <= GATE
+
+
+def test_pixels_match_diffusers():
+  _, vae, _, latents, _, wanted = _case()
+  assert relative_error(_decode(vae, latents), wanted) <= GATE
+
+
+def _encode_in_pieces(vae, pixels):
+  """Means of 1, then 4, then 12 pixel frames."""
+  first, *rest = np.split(pixels, [1, 5], axis=1)
+  mean, state = jax.jit(lambda *args: vae_lib.WanVae.encode_first(*args))(vae, first)
+  means = [mean]
+  for piece in rest:
+    mean, state = jax.jit(lambda *args: vae_lib.WanVae.encode_next(*args))(vae, state, piece)
+    means.append(mean)
+  return jnp.concatenate(means, axis=1)
+
+
+def _decode_in_pieces(vae, latents):
+  """Pixels of 1, then 1, then 3 latent frames."""
+  first, *rest = np.split(latents, [1, 2], axis=1)
+  frames, state = jax.jit(lambda *args: vae_lib.WanVae.decode_first(*args))(vae, first)
+  shown = [frames]
+  for piece in rest:
+    frames, state = jax.jit(lambda *args: vae_lib.WanVae.decode_next(*args))(vae, state, piece)
+    shown.append(frames)
+  return jnp.concatenate(shown, axis=1)
+
+
+def test_streamed_means_match_diffusers():
+  _, vae, pixels, _, (mean, _), _ = _case()
+  assert relative_error(_encode_in_pieces(vae, pixels), mean) <= GATE
+
+
+def test_streamed_pixels_match_diffusers():
+  _, vae, _, latents, _, wanted = _case()
+  assert relative_error(_decode_in_pieces(vae, latents), wanted) <= GATE
+
+
+def test_bfloat16_stays_close():
+  _, vae, pixels, latents, (mean, _), wanted = _case()
+  assert angular_error(_encode(vae, jnp.bfloat16(pixels))[0], mean) <= BF16_GATE
+  assert angular_error(_decode(vae, jnp.bfloat16(latents)), wanted) <= BF16_GATE
+
+
+def test_library_reads_our_names_the_same_way():
+  """diffusers' own converter maps the original names back onto the oracle's state."""
+  model = _case()[0]
+  tensors = {k: torch.tensor(v) for k, v in vae_oracle.vae_tensors(model).items()}
+  converted = convert_wan_vae_to_diffusers(tensors)
+  state = model.state_dict()
+  assert set(converted) == set(state)
+  for name, tensor in state.items():
+    assert torch.equal(converted[name], tensor), name
+
+
+def test_weights_round_trip_through_the_original_names():
+  model, vae, *_ = _case()
+  tensors, ours = vae_oracle.vae_tensors(model), vae_to_wan(vae)
+  assert set(ours) == set(tensors)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+
+
+def _first_frame_doubled(monkeypatch):
+  """No first-frame rule: the first latent frame is doubled like the others."""
+  def call(self, x, stream):
+    if self.time_conv is not None:
+      x = self._double_frames(x, stream)
+      x = x[:, 1:] if stream.first else x  # keeps the number of frames right
+    return self.conv.apply(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+  monkeypatch.setattr(vae_lib.Upsample, '__call__', call)
+
+
+def _first_frame_remembered(monkeypatch):
+  """Frame 0 is skipped but left in the slot."""
+  def call(self, x, stream):
+    if self.time_conv is not None:
+      doubled = self._double_frames(x, stream)
+      x = jnp.concatenate([x[:, :1], doubled[:, 2:]], axis=1) if stream.first else doubled
+    return self.conv.apply(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+  monkeypatch.setattr(vae_lib.Upsample, '__call__', call)
+
+
+def _one_key(monkeypatch):
+  """Attention over a single key returns the value."""
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda q, k, v: v)
+
+
+def _interleaved_channels(monkeypatch):
+  """Output channel c * 2 + k in place of k * C + c."""
+  right = vae_lib.Upsample._double_frames
+  def wrong(self, x, stream):
+    channels = x.shape[-1]
+    order = jnp.arange(2 * channels).reshape(2, channels).T.reshape(-1)
+    kernel, bias = self.time_conv.kernel[...], self.time_conv.bias[...]
+    self.time_conv.kernel[...], self.time_conv.bias[...] = kernel[..., order], bias[order]
+    y = right(self, x, stream)
+    self.time_conv.kernel[...], self.time_conv.bias[...] = kernel, bias
+    return y
+  monkeypatch.setattr(vae_lib.Upsample, '_double_frames', wrong)
+
+
+def _norm_without_root(monkeypatch):
+  """RMS norm without the factor sqrt(C)."""
+  right = vae_lib.RMSNorm.__call__
+  monkeypatch.setattr(vae_lib.RMSNorm, '__call__',
+                      lambda self, x: right(self, x) / math.sqrt(x.shape[-1]))
+
+
+def _symmetric_padding(monkeypatch):
+  """Strided convolutions padded on all sides in place of right and bottom."""
+  right = vae_lib.Conv.apply
+  def wrong(self, x, *, strides=(1, 1, 1), padding=None):
+    padding = ((1, 1), (1, 1)) if strides == (1, 2, 2) else padding
+    return right(self, x, strides=strides, padding=padding)
+  monkeypatch.setattr(vae_lib.Conv, 'apply', wrong)
+
+
+def _first_frame_convolved(monkeypatch):
+  """No first-frame rule in the encoder: frame 0 is merged with zeros before it."""
+  def call(self, x, stream):
+    x = self.conv.apply(x, strides=(1, 2, 2), padding=((0, 1), (0, 1)))
+    if self.time_conv is None:
+      return x
+    past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+    return self.time_conv.apply(jnp.concatenate([past, x], axis=1), strides=(2, 1, 1))
+  monkeypatch.setattr(vae_lib.Downsample, '__call__', call)
+
+
+def _history_forgotten(monkeypatch):
+  """Every piece starts from zeros; invisible in one shot."""
+  monkeypatch.setattr(vae_lib._Stream, 'keep',
+                      lambda self, slot: self.kept.append(jnp.zeros_like(slot)))
+
+
+@pytest.mark.parametrize('mutate', [_first_frame_doubled, _first_frame_remembered, _one_key,
+                                    _interleaved_channels, _norm_without_root])
+def test_gate_fails_mutated_decoder(mutate, monkeypatch):
+  _, vae, _, latents, _, wanted = _case()
+  mutate(monkeypatch)
+  assert relative_error(_decode(vae, latents), wanted) > BITES
+
+
+@pytest.mark.parametrize('mutate', [_symmetric_padding, _first_frame_convolved, _one_key,
+                                    _norm_without_root])
+def test_gate_fails_mutated_encoder(mutate, monkeypatch):
+  _, vae, pixels, _, (mean, _), _ = _case()
+  mutate(monkeypatch)
+  assert relative_error(_encode(vae, pixels)[0], mean) > BITES
+
+
+def test_gate_fails_forgotten_history(monkeypatch):
+  _, vae, pixels, latents, (mean, _), wanted = _case()
+  _history_forgotten(monkeypatch)
+  assert relative_error(_encode_in_pieces(vae, pixels), mean) > BITES
+  assert relative_error(_decode_in_pieces(vae, latents), wanted) > BITES
