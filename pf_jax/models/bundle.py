@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from pf_jax.kernels import rope
@@ -55,6 +56,11 @@ class ModelSpec:
     """(frames, height, width) of a compressed block in tokens."""
     return self.compressor.mid_grid(self.video)
 
+  @property
+  def compressed_positions(self) -> np.ndarray:
+    """Positions [M, 3] of compressed tokens inside their block."""
+    return rope.compressed_positions(self.grid, self.mid_grid, self.mid_offsets)
+
 
 class Models(nnx.Module):
   """The networks: VAE, text encoder, transformer, compressor."""
@@ -80,8 +86,7 @@ class Models(nnx.Module):
       lr_latents: from `encode_low_resolution`.
     """
     tokens = self.compressor(latents, self.transformer.patch_embedding(lr_latents))
-    return tokens, rope.compressed_positions(self.spec.grid, self.spec.mid_grid,
-                                             self.spec.mid_offsets)
+    return tokens, self.spec.compressed_positions
 
   def text_keys_values(self, ids: Array, mask: Array):
     """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]."""

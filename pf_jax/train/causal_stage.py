@@ -145,9 +145,9 @@ def clip_batches(stage: CausalStage, store: source.Source, seed: int
 
   def batches(step: int) -> Iterator[PyTree]:
     for record in source.batches(store, stage.batch_size, start_step=step, shuffle_seed=seed):
-      yield ClipBatch(latents=record['latents'].astype(np.float32),
-                      lr_latents=record['lr_latents'].astype(np.float32),
-                      ids=record['ids'], mask=record['mask'])
+      yield ClipBatch(latents=jnp.asarray(record['latents'], jnp.float32),
+                      lr_latents=jnp.asarray(record['lr_latents'], jnp.float32),
+                      ids=jnp.asarray(record['ids']), mask=jnp.asarray(record['mask']))
 
   return batches
 
@@ -180,7 +180,8 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
     if not programs:
       programs.append(Programs(models, len(prompts), spec))
     programs[0].models = models
-    text = programs[0].encode_text(*tokenizer(prompts)[:2])
+    tokens = tokenizer(prompts)
+    text = programs[0].encode_text(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
     keys = jax.random.split(jax.random.key(_EVAL_SEED), len(prompts))
     frames = [np.asarray(block.frames) for block in
               stream(programs[0], [text], [0] * stage.eval_blocks, keys)]

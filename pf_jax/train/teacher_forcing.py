@@ -19,7 +19,6 @@ from typing import NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pf_jax import cache as cache_lib
@@ -243,13 +242,11 @@ class Prepared(NamedTuple):
 
   Attributes:
     blocks: `BlockInput` with a leading block axis.
-    positions: [M, 3] of the compressed tokens.
     text: cross-attention keys/values [L, B, rows, N, H].
     key: of the drops.
   """
 
   blocks: BlockInput
-  positions: np.ndarray
   text: KeyValues
   key: Array
 
@@ -264,12 +261,12 @@ def prepare(models: Models, batch: ClipBatch, key: Array, spec: TeacherForcingSp
   latents = einops.rearrange(batch.latents, 'b (n f) h w c -> n b f h w c', f=frames)
   count = latents.shape[0]
   past = noisy_past(past_key, latents, spec)
-  merged, positions = models.compress(
+  merged, _ = models.compress(
       einops.rearrange(past, 'n b f h w c -> (n b) f h w c'),
       einops.rearrange(batch.lr_latents, 'b n f h w c -> (n b) f h w c'))
   tokens = einops.rearrange(merged, '(n b) m d -> n b m d', n=count)
   inputs = BlockInput(latents, past, tokens, jax.random.split(noise_key, count))
-  return Prepared(inputs, positions, models.text_keys_values(batch.ids, batch.mask), drop_key)
+  return Prepared(inputs, models.text_keys_values(batch.ids, batch.mask), drop_key)
 
 
 def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: TeacherForcingSpec
@@ -288,11 +285,12 @@ def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: Teache
   """
   count, size = clips.blocks.latents.shape[:2]
   drops = draw_drops(clips.key, size, cache, spec)
+  positions = models.spec.compressed_positions
 
   def body(history: PackCache, block: BlockInput):
     context_fn = planned_history(history.blocks, drops, cache)
     loss, sigma, context = _noisy_loss(models, block, history, context_fn, clips.text, spec)
-    full, compressed, _ = step.clean_pass(models, block.past, (block.tokens, clips.positions),
+    full, compressed, _ = step.clean_pass(models, block.past, (block.tokens, positions),
                                           clips.text, slices=context,
                                           context_fn=step.reuse_history)
     return cache_lib.commit(history, full, compressed, spec=cache), (loss, sigma)
@@ -348,7 +346,4 @@ class CausalObjective:
     if len(branches) == 1:
       return branches[0](clips)
     index = jax.random.randint(choice, (), 0, len(branches))
-    positions = clips.positions  # static, so not an operand of the switch
-    return jax.lax.switch(index, [lambda clips, branch=branch: branch(
-        clips._replace(positions=positions)) for branch in branches],
-                          clips._replace(positions=None))
+    return jax.lax.switch(index, branches, clips)
