@@ -6,6 +6,7 @@ update     commit: append a block, age the oldest recent one into the archive, e
 select     dynamic context selection, exact through key-sums.
 positions  re-aligned ("packed") temporal positions.
 context    the packed history that one block attends.
+inspect    which block is where, for people to look at.
 """
 
 from pf_jax.cache.context import context

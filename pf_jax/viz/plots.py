@@ -4,26 +4,14 @@ All functions draw with matplotlib's file backend and return uint8 pictures, so 
 in scripts, tests and notebooks.
 """
 
-import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from pf_jax.cache.inspect import Partition
+
 _DPI = 120
-
-
-class Partition(enum.IntEnum):
-  """Where a block's keys and values are while another block is generated."""
-
-  ABSENT = 0  # not generated yet
-  SINK = 1
-  SELECTED = 2  # compressed, in the archive, chosen by this block
-  ARCHIVED = 3  # compressed, in the archive, not chosen
-  PENDING = 4  # compressed, waiting to enter the archive
-  RECENT = 5
-  GENERATED = 6  # the block being generated
-  EVICTED = 7
 
 
 # Distinguishable in print and for colour-blind readers.
