@@ -36,8 +36,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       noise_levels=4, shift=5.0, uniform_share=0.2, loss='x0', context_noise=0.1, drop_sink=0.1,
       drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8, crowd_mid=0.6))
   config.train = ConfigDict(dict(
-      steps=2 if tiny else 900, seed=0, log_every=1 if tiny else 25,
-      save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 300, ema_decay=0.99,
+      steps=2 if tiny else 2000, seed=0, log_every=1 if tiny else 25,
+      save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 400, ema_decay=0.99,
       max_skipped_in_a_row=20))
   config.train.optimizer = ConfigDict(dict(
       name='muon', learning_rate=1e-2, adam_learning_rate=2e-3, schedule='cosine',
