@@ -26,15 +26,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.clips = 4 if tiny else 2000
   config.clip_blocks = 5
   config.encode_batch = 2 if tiny else 4
-  config.batch_size = 2 if tiny else 8
+  config.batch_size = 2 if tiny else 4
+  config.first_blocks = 2 if tiny else 64
   config.eval_blocks = 2 if tiny else 6
   config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
   config.cache = ConfigDict(dict(sink_blocks=1, recent_blocks=1, top_k=16, mid_capacity=128))
   config.sampler = ConfigDict(dict(
       solver='euler', steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0))
   config.teacher_forcing = ConfigDict(dict(
-      noise_levels=4, shift=5.0, uniform_share=0.2, loss='x0', context_noise=0.1, drop_sink=0.1,
-      drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8, crowd_mid=0.6))
+      noise_levels=4, first_levels=2, first_weight=1.0, shift=5.0, uniform_share=0.2, loss='x0',
+      context_noise=0.1, drop_sink=0.1, drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8,
+      crowd_mid=0.6))
   config.train = ConfigDict(dict(
       steps=2 if tiny else 2000, seed=0, log_every=1 if tiny else 25,
       save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 400, ema_decay=0.99,

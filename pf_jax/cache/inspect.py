@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
 
 from pf_jax.cache import state
@@ -47,7 +48,7 @@ def block_states(block: int, total: int, spec: CacheSpec,
   held = {Partition.SINK: state.sink_ids, Partition.ARCHIVED: state.archive_ids,
           Partition.RECENT: state.recent_ids}
   for partition, ids in held.items():
-    blocks = np.asarray(ids(np.int32(block), spec))
+    blocks = np.asarray(ids(jnp.int32(block), spec))
     states[blocks[blocks >= 0]] = partition
   chosen = [int(number) for number in selected if number >= 0]
   if wrong := [number for number in chosen if states[number] != Partition.ARCHIVED]:

@@ -25,7 +25,12 @@ from pf_jax.rollout.block import RolloutSpec, SamplerSpec
 from pf_jax.rollout.stream import Programs, stream
 from pf_jax.train import checks, loop
 from pf_jax.train.config import TrainConfig
-from pf_jax.train.teacher_forcing import CausalObjective, ClipBatch, TeacherForcingSpec
+from pf_jax.train.teacher_forcing import (
+    CausalObjective,
+    ClipBatch,
+    FirstBlocks,
+    TeacherForcingSpec,
+)
 from pf_jax.types import Array, PyTree
 from pf_jax.weights import package
 
@@ -44,6 +49,7 @@ class CausalStage:
     clip_blocks: blocks per clip.
     encode_batch: clips encoded at once.
     batch_size: clips per step.
+    first_blocks: further clips per step of which only the first block is trained.
     teacher_forcing: choices of the objective.
     cache: fields of `CacheSpec` that are not the model's sizes; training and sampling share them.
     sampler: how evaluations sample, and the model's default.
@@ -62,6 +68,7 @@ class CausalStage:
   clip_blocks: int = 5
   encode_batch: int = 4
   batch_size: int = 8
+  first_blocks: int = 0
   teacher_forcing: TeacherForcingSpec = TeacherForcingSpec()
   cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   sampler: SamplerSpec = SamplerSpec()
@@ -73,6 +80,8 @@ class CausalStage:
     for name in ('clips', 'encode_batch', 'batch_size', 'eval_blocks'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.first_blocks < 0:
+      raise ValueError(f'first_blocks={self.first_blocks} must not be negative.')
     cache = self.cache_spec
     if self.clip_blocks <= cache.sink_blocks + cache.recent_blocks:
       raise ValueError(
@@ -143,11 +152,19 @@ def clip_batches(stage: CausalStage, store: source.Source, seed: int
                  ) -> Callable[[int], Iterator[PyTree]]:
   """`fit`'s batches: `ClipBatch` in float32, a function of the step alone."""
 
+  whole, frames = stage.batch_size, stage.model.video.frames_per_block
+
   def batches(step: int) -> Iterator[PyTree]:
-    for record in source.batches(store, stage.batch_size, start_step=step, shuffle_seed=seed):
-      yield ClipBatch(latents=jnp.asarray(record['latents'], jnp.float32),
-                      lr_latents=jnp.asarray(record['lr_latents'], jnp.float32),
-                      ids=jnp.asarray(record['ids']), mask=jnp.asarray(record['mask']))
+    count = whole + stage.first_blocks
+    for record in source.batches(store, count, start_step=step, shuffle_seed=seed):
+      clips, low, ids, mask = (record[n] for n in ('latents', 'lr_latents', 'ids', 'mask'))
+      first = FirstBlocks(
+          latents=jnp.asarray(clips[whole:, :frames], jnp.float32),
+          ids=jnp.asarray(ids[whole:]), mask=jnp.asarray(mask[whole:]))
+      yield ClipBatch(latents=jnp.asarray(clips[:whole], jnp.float32),
+                      lr_latents=jnp.asarray(low[:whole], jnp.float32),
+                      ids=jnp.asarray(ids[:whole]), mask=jnp.asarray(mask[:whole]),
+                      first=first if stage.first_blocks else None)
 
   return batches
 

@@ -37,6 +37,8 @@ class TeacherForcingSpec:
 
   Attributes:
     noise_levels: noisy versions of each block that share one history.
+    first_levels: noisy versions of each extra first block, see `FirstBlocks`.
+    first_weight: weight of their loss.
     shift: timestep shift of the noise levels.
     uniform_share: share of levels drawn uniformly instead of logit-normally.
     loss: 'x0' weighs the squared flow error by sigma^2, 'flow' by 1.
@@ -55,6 +57,8 @@ class TeacherForcingSpec:
   """
 
   noise_levels: int = 3
+  first_levels: int = 2
+  first_weight: float = 1.0
   shift: float = 5.0
   uniform_share: float = 0.2
   loss: str = 'x0'
@@ -66,14 +70,34 @@ class TeacherForcingSpec:
   crowd_mid: float = 0.5
 
   def __post_init__(self):
-    if self.noise_levels < 1:
-      raise ValueError(f'noise_levels={self.noise_levels} must be at least 1.')
+    for name in ('noise_levels', 'first_levels'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if self.first_weight < 0:
+      raise ValueError(f'first_weight={self.first_weight} must not be negative.')
     if self.loss not in ('x0', 'flow'):
       raise ValueError(f"loss={self.loss!r} is unknown; use 'x0' or 'flow'.")
     for name in ('uniform_share', 'context_noise', 'drop_sink', 'drop_mid', 'scatter_mid',
                  'crowd_mid'):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f'{name}={getattr(self, name)} must be within 0..1.')
+
+
+class FirstBlocks(NamedTuple):
+  """First blocks of further clips, trained without the rest of their clip.
+
+  Only a first block has to be invented from text alone, and later ones copy what it shows. One in
+  five targets, from a handful of clips a step, teaches that far more slowly than copying.
+
+  Attributes:
+    latents: [E, F, h, w, C].
+    ids: [E, rows] token ids of the prompts.
+    mask: [E, rows] bool.
+  """
+
+  latents: Array
+  ids: Array
+  mask: Array
 
 
 class ClipBatch(NamedTuple):
@@ -84,12 +108,14 @@ class ClipBatch(NamedTuple):
     lr_latents: [B, blocks, f, h', w', C].
     ids: [B, rows] token ids of the prompts.
     mask: [B, rows] bool.
+    first: further clips' first blocks, or None.
   """
 
   latents: Array
   lr_latents: Array
   ids: Array
   mask: Array
+  first: FirstBlocks | None = None
 
 
 def draw_sigmas(key: Array, shape: tuple[int, ...], spec: TeacherForcingSpec) -> Array:
@@ -220,21 +246,38 @@ class BlockInput(NamedTuple):
   key: Array
 
 
-def _noisy_loss(models: Models, block: BlockInput, cache: PackCache, context_fn: ContextFn,
-                text: KeyValues, spec: TeacherForcingSpec):
-  """Flow-matching loss of several noisy versions of one block, and the history they saw."""
-  level_key, noise_key = jax.random.split(block.key)
-  x0 = jnp.repeat(block.latents, spec.noise_levels, axis=0)
+class Noised(NamedTuple):
+  """Noisy versions of some blocks and what the network should say about them."""
+
+  x_t: Array
+  sigma: Array
+  timesteps: Array
+  target: Array
+
+
+def add_levels(latents: Array, key: Array, levels: int, spec: TeacherForcingSpec) -> Noised:
+  """`levels` noisy versions of each block [B, F, h, w, C]: [B * levels, ...]."""
+  level_key, noise_key = jax.random.split(key)
+  x0 = jnp.repeat(latents, levels, axis=0)
   sigma = draw_sigmas(level_key, (x0.shape[0], 1, 1, 1, 1), spec)
   noise = jax.random.normal(noise_key, x0.shape)
-  out = models.transformer(
-      flow_lib.add_noise(x0, noise, sigma),
-      jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x0.shape[:2]), text,
-      slices=cache.layers, context_fn=context_fn)
-  error = jnp.mean((out.flow - flow_lib.flow_target(x0, noise))**2, axis=(1, 2, 3, 4))
-  sigma = sigma[:, 0, 0, 0, 0]
-  loss = error * (sigma**2 if spec.loss == 'x0' else 1.0)
-  return loss, sigma, out.aux[1]
+  timesteps = jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x0.shape[:2])
+  return Noised(flow_lib.add_noise(x0, noise, sigma), sigma[:, 0, 0, 0, 0], timesteps,
+                flow_lib.flow_target(x0, noise))
+
+
+def flow_loss(flow: Array, noised: Noised, spec: TeacherForcingSpec) -> Array:
+  """Weighted squared error of each predicted flow: [B]."""
+  error = jnp.mean((flow - noised.target)**2, axis=(1, 2, 3, 4))
+  return error * (noised.sigma**2 if spec.loss == 'x0' else 1.0)
+
+
+def first_loss(models: Models, first: FirstBlocks, key: Array, spec: TeacherForcingSpec) -> Array:
+  """Mean loss of first blocks, which have no history."""
+  noised = add_levels(first.latents, key, spec.first_levels, spec)
+  text = models.text_keys_values(first.ids, first.mask)
+  out = models.transformer(noised.x_t, noised.timesteps, text)
+  return jnp.mean(flow_loss(out.flow, noised, spec))
 
 
 class Prepared(NamedTuple):
@@ -289,11 +332,15 @@ def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: Teache
 
   def body(history: PackCache, block: BlockInput):
     context_fn = planned_history(history.blocks, drops, cache)
-    loss, sigma, context = _noisy_loss(models, block, history, context_fn, clips.text, spec)
+    noised = add_levels(block.latents, block.key, spec.noise_levels, spec)
+    out = models.transformer(noised.x_t, noised.timesteps, clips.text, slices=history.layers,
+                             context_fn=context_fn)
+    _, context = out.aux
     full, compressed, _ = step.clean_pass(models, block.past, (block.tokens, positions),
                                           clips.text, slices=context,
                                           context_fn=step.reuse_history)
-    return cache_lib.commit(history, full, compressed, spec=cache), (loss, sigma)
+    return (cache_lib.commit(history, full, compressed, spec=cache),
+            (flow_loss(out.flow, noised, spec), noised.sigma))
 
   # Recomputing a block is cheaper than storing it, even on a CPU: 4.3 s a step instead of 5.4.
   _, (loss, sigma) = jax.lax.scan(jax.checkpoint(body), cache_lib.init(cache, size), clips.blocks)
@@ -337,10 +384,16 @@ class CausalObjective:
     return models
 
   def loss(self, params, batch: ClipBatch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """See `clip_loss`; the sink's size is drawn per step."""
+    """`clip_loss` plus the extra `first_loss`; the sink's size is drawn per step."""
     models = self.assemble(params)
     choice, key = jax.random.split(key)
-    clips = prepare(models, batch, key, self._spec)
+    loss, metrics = self._clip_loss(models, prepare(models, batch, key, self._spec), choice)
+    if batch.first is None:
+      return loss, metrics
+    first = first_loss(models, batch.first, jax.random.fold_in(key, 1), self._spec)
+    return loss + self._spec.first_weight * first, {**metrics, 'first_blocks': first}
+
+  def _clip_loss(self, models: Models, clips: Prepared, choice: Array):
     branches = [lambda clips, cache=cache: clip_loss(models, clips, cache=cache, spec=self._spec)
                 for cache in self._caches]
     if len(branches) == 1:
