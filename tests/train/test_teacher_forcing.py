@@ -5,16 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pf_jax import cache as cache_lib
 from pf_jax.models import bundle
 from pf_jax.rollout import block as block_lib
-from pf_jax.testing import tiny_model_spec
+from pf_jax.rollout import step
+from pf_jax.testing import random_models, tiny_model_spec
 from pf_jax.train.teacher_forcing import (
     CausalObjective,
     ClipBatch,
     Drops,
+    FirstBlocks,
     TeacherForcingSpec,
+    add_levels,
     draw_drops,
     draw_sigmas,
+    first_loss,
+    flow_loss,
     plan_mid,
     training_layout,
 )
@@ -129,3 +135,29 @@ def test_loss_is_reported_per_block(gradients):
   (loss, metrics), _ = gradients[False]
   assert np.isfinite(loss)
   assert set(metrics) == {f'high_noise/block_{i}' for i in range(5)}
+
+
+def test_first_blocks_are_trained_as_the_sampler_runs_them():
+  """No history, as `first_loss` has it, and an empty cache, as sampling has it, are the same."""
+  models = random_models(tiny_model_spec())
+  cache = block_lib.cache_spec(models.spec, sink_blocks=1, top_k=2, mid_capacity=2)
+  video, rows = models.spec.video, models.spec.text.max_tokens
+  rng = np.random.default_rng(0)
+  spec = TeacherForcingSpec(first_levels=2)
+  first = FirstBlocks(jnp.asarray(rng.standard_normal((1, *video.block_latent_shape)), jnp.float32),
+                      jnp.full((1, rows), 3), jnp.arange(rows)[None] < 4)
+  empty = cache_lib.init(cache, 1)
+
+  def through_cache(models, first, key):
+    noised = add_levels(first.latents, key, spec.first_levels, spec)
+    layout = cache_lib.layout(empty.blocks, cache)
+    out = models.transformer(
+        noised.x_t, noised.timesteps, models.text_keys_values(first.ids, first.mask),
+        slices=empty.layers, context_fn=step.select_history(empty.blocks, layout, cache))
+    return jnp.mean(flow_loss(out.flow, noised, spec))
+
+  key = jax.random.key(1)
+  alone = jax.jit(lambda models, first, key: first_loss(models, first, key, spec))
+  expected = jax.jit(through_cache)(models, first, key)
+  np.testing.assert_allclose(alone(models, first, key), expected, rtol=1e-5)
+  assert float(expected) > 0
