@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.clip_blocks = 5
   config.encode_batch = 2 if tiny else 4
   config.batch_size = 2 if tiny else 4
-  config.first_blocks = 2 if tiny else 64
+  config.first_blocks = 2 if tiny else 96
   config.eval_blocks = 2 if tiny else 6
   config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
   config.cache = ConfigDict(dict(sink_blocks=1, recent_blocks=1, top_k=16, mid_capacity=128))
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       context_noise=0.1, drop_sink=0.1, drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8,
       crowd_mid=0.6))
   config.train = ConfigDict(dict(
-      steps=2 if tiny else 2000, seed=0, log_every=1 if tiny else 25,
+      steps=2 if tiny else 2500, seed=0, log_every=1 if tiny else 25,
       save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 400, ema_decay=0.99,
       max_skipped_in_a_row=20))
   config.train.optimizer = ConfigDict(dict(

@@ -36,7 +36,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                                 boxes(32, (5, 16, 16), 0.4))))
   config.eval_clips = 1 if tiny else 8
   config.eval_frames = 33 if tiny else 77
-  config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
+  config.world = ConfigDict(dict(
+      height=64, width=64, fps=16, glyph_size=32, speed=1, row_step=8))
   config.loss = ConfigDict(dict(l1=1.0, l2=1.0, kl=1e-5))
   config.train = ConfigDict(dict(
       steps=4 if tiny else 2000, seed=0, log_every=2 if tiny else 25,

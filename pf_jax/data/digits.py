@@ -125,7 +125,8 @@ class DigitsWorld:
     fps: pixel frames per second (playback only; motion is per frame).
     glyph_size: side of the square glyph, pixels; a multiple of 8 looks best.
     speed: pixels per frame.
-    row_step: glyphs stand at multiples of this many pixels from the top.
+    row_step: glyphs stand in rows this many pixels apart, centred; one row where two do not fit.
+      Prompts do not say the row, so with several of them a model has to invent it as well.
     column_step: glyphs start at multiples of this many pixels from the border they leave. With the
       VAE's spatial stride a glyph meets only a few phases of the latent grid, which makes motion
       much easier to learn.
@@ -141,7 +142,7 @@ class DigitsWorld:
   fps: int = 16
   glyph_size: int = 32
   speed: int = 1
-  row_step: int = 8
+  row_step: int = 64
   column_step: int = 8
   brightness_jitter: float = 0.1
   colours: tuple[Colour, ...] = COLOURS
@@ -164,7 +165,8 @@ class DigitsWorld:
   @property
   def rows(self) -> tuple[int, ...]:
     """Possible vertical offsets of a glyph, pixels."""
-    return tuple(range(0, self.height - self.glyph_size + 1, self.row_step))
+    room = self.height - self.glyph_size
+    return tuple(range(room % self.row_step // 2, room + 1, self.row_step))
 
   @property
   def travel(self) -> int:

@@ -38,9 +38,16 @@ def test_speed_zero_stands_still():
   assert (clip.pixels == clip.pixels[0]).all()
 
 
-def test_rows_are_multiples_of_the_step_that_fit():
-  assert WORLD.rows == (0, 8, 16, 24, 32)
-  assert digits.DigitsWorld(height=48, width=96).rows == (0, 8, 16)
+def test_rows_that_fit_are_centred():
+  assert WORLD.rows == (16,)
+  assert digits.DigitsWorld(row_step=8).rows == (0, 8, 16, 24, 32)
+  assert digits.DigitsWorld(height=52, row_step=8).rows == (2, 10, 18)
+
+
+def test_glyphs_start_at_few_phases_of_the_latent_grid():
+  starts = {direction: {WORLD.describe(i, direction=direction).x for i in range(60)}
+            for direction in digits.DIRECTIONS}
+  assert starts == {'right': {0, 8, 16}, 'left': {32, 24, 16}}
 
 
 def test_pixels_are_background_plus_white_glyph():
