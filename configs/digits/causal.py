@@ -26,23 +26,29 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.clips = 4 if tiny else 2000
   config.clip_blocks = 5
   config.encode_batch = 2 if tiny else 4
-  config.batch_size = 2 if tiny else 4
-  config.first_blocks = 2 if tiny else 96
+  config.phases = (
+      dict(until=1, clips=0, first_blocks=2),
+      dict(until=2, clips=2, first_blocks=2),
+  ) if tiny else (
+      dict(until=3000, clips=0, first_blocks=64),
+      dict(until=4000, clips=4, first_blocks=32))
+  config.start = ''
   config.eval_blocks = 2 if tiny else 6
   config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
   config.cache = ConfigDict(dict(sink_blocks=1, recent_blocks=1, top_k=16, mid_capacity=128))
   config.sampler = ConfigDict(dict(
       solver='euler', steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0))
   config.teacher_forcing = ConfigDict(dict(
-      noise_levels=4, first_levels=2, first_weight=1.0, shift=5.0, uniform_share=0.2, loss='x0',
+      noise_levels=4, first_levels=1, first_weight=1.0, shift=5.0, uniform_share=0.2, loss='x0',
       context_noise=0.1, drop_sink=0.1, drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8,
       crowd_mid=0.6))
   config.train = ConfigDict(dict(
-      steps=2 if tiny else 2500, seed=0, log_every=1 if tiny else 25,
-      save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 400, ema_decay=0.99,
+      steps=2 if tiny else 4000, seed=0, log_every=1 if tiny else 25,
+      save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 500, ema_decay=0.99,
       max_skipped_in_a_row=20))
   config.train.optimizer = ConfigDict(dict(
-      name='muon', learning_rate=1e-2, adam_learning_rate=2e-3, schedule='cosine',
-      warmup_steps=30, final_fraction=0.02, weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.99))
+      name='muon', learning_rate=1e-2, adam_learning_rate=2e-3, schedule='wsd',
+      warmup_steps=30, decay_steps=600, final_fraction=0.02, weight_decay=0.01, clip_norm=1.0,
+      b1=0.9, b2=0.99))
   config.lock()
   return config

@@ -26,6 +26,7 @@ from pf_jax.rollout.stream import Programs, stream
 from pf_jax.train import checks, loop
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import (
+    CausalBatch,
     CausalObjective,
     ClipBatch,
     FirstBlocks,
@@ -35,6 +36,29 @@ from pf_jax.types import Array, PyTree
 from pf_jax.weights import package
 
 _EVAL_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPhase:
+  """A stretch of the training whose steps see the same number of clips.
+
+  Attributes:
+    until: the first step after the phase.
+    clips: whole clips per step.
+    first_blocks: further clips per step of which only the first block is trained.
+
+  Raises:
+    ValueError: an empty step.
+  """
+
+  until: int
+  clips: int = 8
+  first_blocks: int = 0
+
+  def __post_init__(self):
+    if min(self.clips, self.first_blocks) < 0 or self.clips + self.first_blocks < 1:
+      raise ValueError(f'clips={self.clips} and first_blocks={self.first_blocks} must not be '
+                       'negative, and not both 0.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +72,8 @@ class CausalStage:
     clips: number of encoded clips.
     clip_blocks: blocks per clip.
     encode_batch: clips encoded at once.
-    batch_size: clips per step.
-    first_blocks: further clips per step of which only the first block is trained.
+    phases: what a step sees, one phase after the other; the last one lasts to the end.
+    start: model directory whose weights the run starts from; '' for random ones.
     teacher_forcing: choices of the objective.
     cache: fields of `CacheSpec` that are not the model's sizes; training and sampling share them.
     sampler: how evaluations sample, and the model's default.
@@ -67,8 +91,8 @@ class CausalStage:
   clips: int = 4000
   clip_blocks: int = 5
   encode_batch: int = 4
-  batch_size: int = 8
-  first_blocks: int = 0
+  phases: tuple[ClipPhase, ...] = (ClipPhase(0),)
+  start: str = ''
   teacher_forcing: TeacherForcingSpec = TeacherForcingSpec()
   cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   sampler: SamplerSpec = SamplerSpec()
@@ -77,11 +101,10 @@ class CausalStage:
   tokenizer: str = ''
 
   def __post_init__(self):
-    for name in ('clips', 'encode_batch', 'batch_size', 'eval_blocks'):
+    for name in ('clips', 'encode_batch', 'eval_blocks'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
-    if self.first_blocks < 0:
-      raise ValueError(f'first_blocks={self.first_blocks} must not be negative.')
+    checks.check_phases([phase.until for phase in self.phases])
     cache = self.cache_spec
     if self.clip_blocks <= cache.sink_blocks + cache.recent_blocks:
       raise ValueError(
@@ -150,21 +173,27 @@ def open_store(stage: CausalStage, models: Models, tokenizer: Tokenizer) -> late
 
 def clip_batches(stage: CausalStage, store: source.Source, seed: int
                  ) -> Callable[[int], Iterator[PyTree]]:
-  """`fit`'s batches: `ClipBatch` in float32, a function of the step alone."""
+  """`fit`'s batches: `CausalBatch` in float32, a function of the step alone."""
+  frames = stage.model.video.frames_per_block
 
-  whole, frames = stage.batch_size, stage.model.video.frames_per_block
+  def batch(record: source.Record, whole: int) -> CausalBatch:
+    latents, low = (jnp.asarray(record[n], jnp.float32) for n in ('latents', 'lr_latents'))
+    ids, mask = jnp.asarray(record['ids']), jnp.asarray(record['mask'])
+    clips = ClipBatch(latents[:whole], low[:whole], ids[:whole], mask[:whole])
+    first = FirstBlocks(latents[whole:, :frames], ids[whole:], mask[whole:])
+    return CausalBatch(clips if whole else None, first if len(first.ids) else None)
 
   def batches(step: int) -> Iterator[PyTree]:
-    count = whole + stage.first_blocks
-    for record in source.batches(store, count, start_step=step, shuffle_seed=seed):
-      clips, low, ids, mask = (record[n] for n in ('latents', 'lr_latents', 'ids', 'mask'))
-      first = FirstBlocks(
-          latents=jnp.asarray(clips[whole:, :frames], jnp.float32),
-          ids=jnp.asarray(ids[whole:]), mask=jnp.asarray(mask[whole:]))
-      yield ClipBatch(latents=jnp.asarray(clips[:whole], jnp.float32),
-                      lr_latents=jnp.asarray(low[:whole], jnp.float32),
-                      ids=jnp.asarray(ids[:whole]), mask=jnp.asarray(mask[:whole]),
-                      first=first if stage.first_blocks else None)
+    for phase in stage.phases:
+      last = phase is stage.phases[-1]
+      if step >= phase.until and not last:
+        continue
+      for record in source.batches(store, phase.clips + phase.first_blocks, start_step=step,
+                                   shuffle_seed=seed):
+        yield batch(record, phase.clips)
+        step += 1
+        if step >= phase.until and not last:
+          break
 
   return batches
 
@@ -223,6 +252,23 @@ def save(stage: CausalStage, models: Models, step: int, workdir: str | os.PathLi
   }, about={'stage': 'causal', 'step': step})
 
 
+def initial_models(stage: CausalStage, seed: int) -> Models:
+  """Random networks, or those of `stage.start`.
+
+  Raises:
+    PackageError: `stage.start` is no model directory, or one of other sizes.
+  """
+  if not stage.start:
+    return bundle.init(stage.model, seed)
+  models = package.load_model(stage.start).models
+  for name in ('transformer', 'compressor', 'text'):
+    got, wanted = getattr(models.spec, name), getattr(stage.model, name)
+    if got != wanted:
+      raise package.PackageError(f'{stage.start} has another {name}: {got}; wanted {wanted}. Give '
+                                 "a model of these sizes, or start='' for random weights.")
+  return models
+
+
 def train_causal(stage: CausalStage, config: TrainConfig,
                  workdir: str | os.PathLike) -> loop.FitResult:
   """Trains transformer, compressor and text encoder; see `fit` and the module's docstring.
@@ -234,7 +280,7 @@ def train_causal(stage: CausalStage, config: TrainConfig,
   vae = package.load_vae(stage.vae)
   stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, vae=vae.spec))
   tokenizer = load_tokenizer(stage)
-  models = bundle.init(stage.model, config.seed)
+  models = initial_models(stage, config.seed)
   models.vae = vae
   store = open_store(stage, models, tokenizer)
   objective = CausalObjective(models, stage.cache_spec, stage.teacher_forcing)

@@ -15,9 +15,11 @@ class OptimizerConfig:
     name: 'adamw', or 'muon' (matrices by Muon, everything else by Adam).
     learning_rate: peak rate; with 'muon' the rate of the matrices.
     adam_learning_rate: rate of what Muon leaves to Adam; 0 means `learning_rate`.
-    schedule: 'cosine' (to `final_fraction` of the peak) or 'constant', after a linear warm-up.
+    schedule: after a linear warm-up 'cosine' (to `final_fraction` of the peak), 'constant', or
+      'wsd' (warm-up, stable, decay: constant, then linear to `final_fraction`).
     warmup_steps: steps of linear warm-up from 0.
-    final_fraction: where the cosine ends, as a fraction of the peak.
+    final_fraction: where the decay ends, as a fraction of the peak.
+    decay_steps: the last steps, in which 'wsd' decays.
     weight_decay: decoupled decay of matrices and convolution kernels (not biases and gains).
     clip_norm: gradients are scaled down to this global norm; 0 switches clipping off.
     b1: Adam's first-moment decay.
@@ -35,6 +37,7 @@ class OptimizerConfig:
   schedule: str = 'cosine'
   warmup_steps: int = 100
   final_fraction: float = 0.0
+  decay_steps: int = 0
   weight_decay: float = 0.0
   clip_norm: float = 1.0
   b1: float = 0.9
@@ -45,10 +48,10 @@ class OptimizerConfig:
   def __post_init__(self):
     if self.name not in ('adamw', 'muon'):
       raise ValueError(f'optimizer name={self.name!r} is unknown; use adamw or muon.')
-    if self.schedule not in ('cosine', 'constant'):
-      raise ValueError(f'schedule={self.schedule!r} is unknown; use cosine or constant.')
+    if self.schedule not in ('cosine', 'constant', 'wsd'):
+      raise ValueError(f'schedule={self.schedule!r} is unknown; use cosine, constant or wsd.')
     for name in ('learning_rate', 'adam_learning_rate', 'warmup_steps', 'final_fraction',
-                 'weight_decay', 'clip_norm'):
+                 'decay_steps', 'weight_decay', 'clip_norm'):
       value = getattr(self, name)
       if not 0 <= value < float('inf'):
         raise ValueError(f'{name}={value} must be finite and not negative.')

@@ -104,11 +104,15 @@ def default_muon_axes(params: PyTree) -> PyTree:
 
 
 def learning_rate(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-  """Linear warm-up, then constant or cosine over the remaining steps."""
+  """Linear warm-up, then what `config.schedule` says over the remaining steps."""
   warmup = min(config.warmup_steps, steps)
   after: optax.Schedule
   if config.schedule == 'constant':
     after = optax.constant_schedule(peak)
+  elif config.schedule == 'wsd':
+    decay = min(config.decay_steps, steps - warmup)
+    after = optax.linear_schedule(peak, peak * config.final_fraction, decay,
+                                  transition_begin=steps - warmup - decay)
   else:
     after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
   if warmup == 0:

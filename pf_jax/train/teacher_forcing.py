@@ -84,7 +84,7 @@ class TeacherForcingSpec:
 
 
 class FirstBlocks(NamedTuple):
-  """First blocks of further clips, trained without the rest of their clip.
+  """First blocks of clips, trained without the rest of their clip.
 
   Only a first block has to be invented from text alone, and later ones copy what it shows. One in
   five targets, from a handful of clips a step, teaches that far more slowly than copying.
@@ -108,13 +108,23 @@ class ClipBatch(NamedTuple):
     lr_latents: [B, blocks, f, h', w', C].
     ids: [B, rows] token ids of the prompts.
     mask: [B, rows] bool.
-    first: further clips' first blocks, or None.
   """
 
   latents: Array
   lr_latents: Array
   ids: Array
   mask: Array
+
+
+class CausalBatch(NamedTuple):
+  """What one step sees: whole clips, first blocks of others, or both.
+
+  Attributes:
+    clips: whole clips, or None.
+    first: first blocks, or None.
+  """
+
+  clips: ClipBatch | None = None
   first: FirstBlocks | None = None
 
 
@@ -383,15 +393,18 @@ class CausalObjective:
       setattr(models, name, part)
     return models
 
-  def loss(self, params, batch: ClipBatch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """`clip_loss` plus the extra `first_loss`; the sink's size is drawn per step."""
+  def loss(self, params, batch: CausalBatch, key: Array) -> tuple[Array, dict[str, Array]]:
+    """`clip_loss` plus weighted `first_loss`; the sink's size is drawn per step."""
     models = self.assemble(params)
     choice, key = jax.random.split(key)
-    loss, metrics = self._clip_loss(models, prepare(models, batch, key, self._spec), choice)
-    if batch.first is None:
-      return loss, metrics
-    first = first_loss(models, batch.first, jax.random.fold_in(key, 1), self._spec)
-    return loss + self._spec.first_weight * first, {**metrics, 'first_blocks': first}
+    loss, metrics = jnp.zeros(()), {}
+    if batch.clips is not None:
+      loss, metrics = self._clip_loss(models, prepare(models, batch.clips, key, self._spec), choice)
+    if batch.first is not None:
+      first = first_loss(models, batch.first, jax.random.fold_in(key, 1), self._spec)
+      loss += self._spec.first_weight * first
+      metrics['first_blocks'] = first
+    return loss, metrics
 
   def _clip_loss(self, models: Models, clips: Prepared, choice: Array):
     branches = [lambda clips, cache=cache: clip_loss(models, clips, cache=cache, spec=self._spec)

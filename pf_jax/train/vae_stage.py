@@ -82,9 +82,7 @@ class VaeStage:
     if not self.phases or not all(phase.batches for phase in self.phases):
       raise ValueError(f'phases={self.phases} must name at least one phase, and each at least one '
                        'kind of batch.')
-    if sorted({phase.until for phase in self.phases}) != [phase.until for phase in self.phases]:
-      raise ValueError(f'phases end at {[phase.until for phase in self.phases]}; these steps must '
-                       'rise.')
+    checks.check_phases([phase.until for phase in self.phases])
     if self.eval_clips < 1:
       raise ValueError(f'eval_clips={self.eval_clips} must be at least 1.')
     kinds = [kind for phase in self.phases for kind in phase.batches]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pf_jax import pipeline
 from pf_jax.data import digits
 from pf_jax.rollout.block import SamplerSpec
 from pf_jax.train import causal_stage
-from pf_jax.train.causal_stage import CausalStage
+from pf_jax.train.causal_stage import CausalStage, ClipPhase
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import TeacherForcingSpec
 from pf_jax.weights import package
@@ -30,7 +31,8 @@ def stage(models, tmp_path_factory):
   package.save_vae(root / 'vae', models.vae, models.spec.vae)
   return CausalStage(
       model=micro.spec(), vae=str(root / 'vae'), store=str(root / 'store'), clips=3, clip_blocks=3,
-      encode_batch=2, batch_size=2, cache=micro.CHOICES['cache'],
+      encode_batch=2, phases=(ClipPhase(2, clips=0, first_blocks=2), ClipPhase(3, clips=2)),
+      cache=micro.CHOICES['cache'],
       teacher_forcing=TeacherForcingSpec(noise_levels=1, sink_blocks=()),
       sampler=SamplerSpec(steps=(1000.0,)), world=micro.WORLD, eval_blocks=1)
 
@@ -59,11 +61,16 @@ def test_store_holds_the_clips_latents_at_both_resolutions(stage, models, store)
 def test_batches_are_a_function_of_the_step(stage, store):
   batches = causal_stage.clip_batches(stage, store, 0)
   stream = batches(0)
-  whole = [next(stream) for _ in range(4)]
-  assert np.array_equal(next(batches(3)).latents, whole[3].latents)
-  assert whole[0].latents.dtype == jnp.float32
-  # Two batches of two see each of the three clips at least once.
-  assert len({float(clip[0, 0, 0, 0]) for b in whole for clip in b.latents}) == 3
+  seen = [next(stream) for _ in range(6)]
+  assert [(b.clips is None, b.first is None) for b in seen] == [(True, False)] * 2 + [
+      (False, True)] * 4
+  for step in (1, 2, 5):
+    again = next(batches(step))
+    jax.tree.map(np.testing.assert_array_equal, again, seen[step])
+  assert seen[5].clips.latents.dtype == jnp.float32
+  assert seen[0].first.latents.shape[1] == stage.model.video.frames_per_block
+  # Batches of two see each of the three clips at least once.
+  assert len({float(clip[0, 0, 0, 0]) for b in seen[2:] for clip in b.clips.latents}) == 3
 
 
 def test_clips_without_a_middle_are_refused(stage):
@@ -78,7 +85,7 @@ def test_a_missing_vae_is_named(stage, tmp_path):
 
 
 def test_a_run_moves_everything_but_the_vae_and_leaves_a_model_to_sample(stage, store, tmp_path):
-  config = TrainConfig(steps=2, log_every=1, save_every=2, eval_every=2, ema_decay=0.0)
+  config = TrainConfig(steps=3, log_every=1, save_every=3, eval_every=3, ema_decay=0.0)
   result = causal_stage.train_causal(stage, config, tmp_path)
   assert np.isfinite(result.metrics['loss'])
   loaded = pipeline.load(tmp_path)
@@ -90,3 +97,16 @@ def test_a_run_moves_everything_but_the_vae_and_leaves_a_model_to_sample(stage, 
   assert np.array_equal(loaded.models.vae.decoder.conv_in.kernel[...],
                         original.decoder.conv_in.kernel[...])
   assert (tmp_path / 'samples.png').stat().st_size > 1000
+  again = dataclasses.replace(stage, start=str(tmp_path / 'model'))
+  start = causal_stage.initial_models(again, seed=5)
+  np.testing.assert_array_equal(start.compressor.hr.out.kernel[...],
+                                loaded.models.compressor.hr.out.kernel[...])
+
+
+def test_a_start_of_other_sizes_is_refused(stage, models, tmp_path):
+  package.save_model(tmp_path, models, choices=micro.CHOICES)
+  other = dataclasses.replace(stage.model.text, max_tokens=9)
+  other = dataclasses.replace(stage, start=str(tmp_path),
+                              model=dataclasses.replace(stage.model, text=other))
+  with pytest.raises(package.PackageError, match=r"another text: .*start='' for random"):
+    causal_stage.initial_models(other, seed=0)

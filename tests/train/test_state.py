@@ -27,6 +27,10 @@ def test_schedules():
   np.testing.assert_allclose([constant(i) for i in (0, 1, 2, 50)], [0.5, 1, 1, 1])
   plain = state.learning_rate(OptimizerConfig(schedule='constant', warmup_steps=0), 10, 1.0)
   assert plain(0) == 1
+  stable = state.learning_rate(OptimizerConfig(
+      schedule='wsd', warmup_steps=2, decay_steps=4, final_fraction=0.5), 10, 2.0)
+  np.testing.assert_allclose([stable(i) for i in (0, 1, 5, 6, 8, 10, 99)],
+                             [1.0, 2.0, 2.0, 2.0, 1.5, 1.0, 1.0], rtol=1e-6)
 
 
 def test_labels_by_longest_prefix():

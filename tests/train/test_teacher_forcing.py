@@ -11,6 +11,7 @@ from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
 from pf_jax.testing import random_models, tiny_model_spec
 from pf_jax.train.teacher_forcing import (
+    CausalBatch,
     CausalObjective,
     ClipBatch,
     Drops,
@@ -108,7 +109,7 @@ def gradients():
     drop_key = jax.random.split(jax.random.split(key)[1], 3)[0]
     dropped = bool(draw_drops(drop_key, 1, cache, spec).mid[0])
     if dropped not in found:
-      found[dropped] = run(objective.init(0), batch, key)
+      found[dropped] = run(objective.init(0), CausalBatch(clips=batch), key)
   return found
 
 
