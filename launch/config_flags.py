@@ -28,10 +28,10 @@ class UsageError(Exception):
   """A command line that cannot be used; the message is all the user sees."""
 
 
-def define_config(default: str | None = None) -> None:
-  """Defines `--config`; with a default, the flag may be left out."""
+def define_config() -> None:
+  """Defines `--config`."""
   config_flags.DEFINE_config_file(
-      NAME, default, 'Experiment file, FILE.py or FILE.py:variant; override its values with '
+      NAME, None, 'Experiment file, FILE.py or FILE.py:variant; override its values with '
       '--config.section.key=value.', lock_config=True)
 
 
@@ -80,10 +80,9 @@ def _last_line(error: BaseException) -> str:
 def _check_names(argv: Sequence[str]) -> None:
   """Names every override that the config file does not have."""
   location = next((a.split('=', 1)[1] for a in argv if a.lstrip('-').startswith(f'{NAME}=')), None)
-  if location is None and NAME in flags.FLAGS:
+  if location is None:
     position = [i for i, a in enumerate(argv) if a in (f'--{NAME}', f'-{NAME}')]
-    location = (argv[position[0] + 1] if position and position[0] + 1 < len(argv)
-                else flags.FLAGS[NAME].default)
+    location = argv[position[0] + 1] if position and position[0] + 1 < len(argv) else None
   overrides = list(_overrides(argv))
   if location is None:
     if overrides:

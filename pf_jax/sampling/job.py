@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from pf_jax import outputs
+from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.progress import Progress
 from pf_jax.request import Request, plan_batches
 from pf_jax.sampling import files, meter
 from pf_jax.sampling.config import SampleSpec
-from pf_jax.sampling.interrupts import Stop, stop_on_signal
 from pf_jax.sampling.plan import (
   FINISHED,
   ROLLOUT,

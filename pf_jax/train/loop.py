@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 
 from pf_jax import outputs
+from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.progress import Progress
 from pf_jax.train.checkpoint import Checkpoints
 from pf_jax.train.config import TrainConfig
@@ -45,32 +44,6 @@ class FitResult:
   interrupted: bool
   metrics: dict[str, float]
   compile_seconds: float
-
-
-@contextlib.contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[threading.Event]:
-  """Turns SIGTERM and SIGINT into an event, so that the step at hand ends and is saved.
-
-  Further signals only repeat the notice: they cannot damage the save. Outside the main thread
-  (where Python cannot handle signals) nothing is installed.
-  """
-  stop = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
-    return
-
-  def handle(number: int, frame: Any) -> None:
-    del frame
-    stop.set()
-    # os.write, not print: a handler may interrupt a print that holds the stream's lock.
-    os.write(2, f'\n{signal.Signals(number).name}: saving, then exiting.\n'.encode())
-
-  previous = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield stop
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 class _Window:
@@ -109,7 +82,7 @@ class _Run:
   checkpoints: Checkpoints
   writer: MetricWriter
   progress: Progress
-  stop: threading.Event
+  stop: Stop
   evaluate: Callable[[PyTree, int], Mapping[str, float]] | None
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
@@ -145,7 +118,7 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
   config, step = run.config, start
   stream = iter(batches(start)) if start < config.steps else iter(())
   window = _Window()
-  while step < config.steps and not run.stop.is_set():
+  while step < config.steps and not run.stop:
     began = time.monotonic()
     batch = next(stream, None)
     if batch is None:
@@ -208,7 +181,7 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
   with contextlib.ExitStack() as stack:
     notices = say or print
     workdir = stack.enter_context(outputs.claim_directory(workdir, say=notices))
-    stop = stack.enter_context(stop_on_signal(notices))
+    stop = stack.enter_context(stop_on_signal('saving, then exiting.', patient=True))
     checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.keep))
     run = _prepare(objective, config, workdir, checkpoints, stop, stack, evaluate, notices)
     start = int(run.state.step)
@@ -227,7 +200,7 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
 
 
 def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
-             checkpoints: Checkpoints, stop: threading.Event, stack: contextlib.ExitStack,
+             checkpoints: Checkpoints, stop: Stop, stack: contextlib.ExitStack,
              evaluate: Callable[[PyTree, int], Mapping[str, float]] | None,
              notices: Callable[[str], None]) -> _Run:
   """Builds or restores the state and opens the writers."""

@@ -28,13 +28,15 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signal(notice: str) -> Iterator[Stop]:
-  """Turns the first SIGTERM or SIGINT into an event; a second one acts as usual.
+def stop_on_signal(notice: str, *, patient: bool = False) -> Iterator[Stop]:
+  """Turns the first SIGTERM or SIGINT into an event.
 
   Outside the main thread (where Python cannot handle signals) nothing is installed.
 
   Args:
     notice: what happens now, printed beside the signal's name.
+    patient: further signals only repeat the notice, so that they cannot damage what is being saved;
+      otherwise they act as usual.
 
   Yields:
     Truthy once a signal has arrived.
@@ -51,8 +53,10 @@ def stop_on_signal(notice: str) -> Iterator[Stop]:
 
   def handle(number: int, frame: Any) -> None:
     del frame
-    stop.number = number
-    restore()
+    if stop.number is None:
+      stop.number = number
+    if not patient:
+      restore()
     # os.write, not print: a handler may interrupt a print that holds the stream's lock.
     os.write(2, f'\n{signal.Signals(number).name}: {notice}\n'.encode())
 
