@@ -1,11 +1,17 @@
 """Stage "causal": teacher-forced block-causal flow matching on drifting digits, 5-second clips.
 
 Purpose: the miniature that ships. Needs the VAE of configs/digits/vae.py; encodes `clips` clips
-once into `store`, then trains transformer, compressor and text encoder. `samples.png` shows one
-prompt of each class; `model/` is what sampling loads.
+once into `store`, then trains transformer, compressor and text encoder: first blocks alone until
+text is turned into glyphs, then whole clips until the history is used (EVIDENCE.md says why).
+`samples.png` shows one prompt of each class; `model/` is what sampling loads.
 
-Command:
+Command (the allocator's settings save a quarter of the time on a CPU):
+  GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000:\
+glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1 \
   python -m launch.train --config=configs/digits/causal.py --workdir=runs/causal
+Cost of two cores: 6 minutes of encoding, 41 of first blocks (0.8 s a step), 35 of whole clips
+(2.1 s a step).
+Result (seed 0, n=1): loss .189; the tables of README.md.
 Variant `tiny` trains a few thousand parameters for a few steps (tests).
 """
 
@@ -37,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.world = ConfigDict(dict(height=64, width=64, fps=16, glyph_size=32, speed=1))
   config.cache = ConfigDict(dict(sink_blocks=1, recent_blocks=1, top_k=16, mid_capacity=128))
   config.sampler = ConfigDict(dict(
-      solver='euler', steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0))
+      solver='renoise', steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0))
   config.teacher_forcing = ConfigDict(dict(
       noise_levels=4, first_levels=1, first_weight=1.0, shift=5.0, uniform_share=0.2, loss='x0',
       context_noise=0.1, drop_sink=0.1, drop_mid=0.1, sink_blocks=(1,), scatter_mid=0.8,

@@ -6,6 +6,8 @@ resolutions is logged and `reconstruction.png` shows three clips. A finished run
 
 Command:
   python -m launch.train --config=configs/digits/vae.py --workdir=runs/vae
+Cost: 20 minutes of two cores. Result (seed 0, n=1): held-out PSNR 30.6 dB at full resolution,
+21.1 dB at the LR branch's.
 Variant `tiny` trains a model of a few thousand parameters for a few steps (tests).
 """
 

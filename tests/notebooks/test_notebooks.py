@@ -27,7 +27,8 @@ def test_pair_agrees_and_stores_no_outputs(script):
 @pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::DeprecationWarning',
                             'ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.timeout(300)
-def test_runs(script):
+def test_runs(script, monkeypatch):
+  monkeypatch.delenv('MPLBACKEND', raising=False)  # pictures are shown in the notebook
   notebook = jupytext.read(script)
   NotebookClient(notebook, timeout=240, kernel_name='python3',
                  resources={'metadata': {'path': str(FOLDER)}}).execute()
