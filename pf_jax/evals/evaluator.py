@@ -32,6 +32,15 @@ METRICS = {
 }
 
 
+MEAN = 'mean'
+
+
+def _mean_over_blocks(values: np.ndarray) -> np.ndarray:
+  """[B, blocks] -> [B]; blocks without a value do not count, nor videos without any."""
+  counts = (~np.isnan(values)).sum(1)
+  return np.where(counts, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
   """How videos are judged.
@@ -99,11 +108,13 @@ class Report:
   def rows(self) -> list[dict[str, Any]]:
     """One row per metric and block: metric, block, mean, low, high, videos, chance.
 
-    Metrics measured once a video have block None.
+    Block `MEAN` is each video's mean over all judged blocks: what comes and goes between two blocks
+    of a table shows there. Metrics measured once a video have block None.
     """
-    columns: list[tuple[str, int | None, np.ndarray]] = [
+    columns: list[tuple[str, int | str | None, np.ndarray]] = [
         (name, block, values[:, i]) for name, values in self.values.items()
         for i, block in enumerate(self.spec.blocks)]
+    columns += [(name, MEAN, _mean_over_blocks(values)) for name, values in self.values.items()]
     columns += [(name, None, values) for name, values in self.once.items()]
     rows = []
     for name, block, values in columns:
@@ -145,17 +156,6 @@ class Report:
         return {k: clean(v) for k, v in value.items()}
       return [clean(v) for v in value] if isinstance(value, list | tuple) else value
     return json.dumps(clean(self.to_dict()), indent=1, allow_nan=False)
-
-  def to_markdown(self) -> str:
-    """A table, metrics down and blocks across: mean [low, high]."""
-    blocks = self.spec.blocks
-    lines = ['| metric | ' + ' | '.join(f'block {b}' for b in blocks) + ' | chance |',
-             '|---|' + '---|' * (len(blocks) + 1)]
-    rows = self.rows()
-    for name in self.values:
-      cells = [_cell(row) for row in rows if row['metric'] == name]
-      lines.append(f'| {name} | ' + ' | '.join(cells) + f' | {self.chance.get(name, "")} |')
-    return '\n'.join(lines)
 
 
 class Judge:
@@ -300,28 +300,6 @@ def paired(report: Report, baseline: Report) -> Report:
                 {}, report.spec)
 
 
-def comparison(reports: Mapping[str, Report], metric: str) -> str:
-  """A markdown table of one metric: a row per report (e.g. cache policy), a column per block.
-
-  Raises:
-    ValueError: no reports, an unknown metric or reports that judged different blocks.
-  """
-  if not reports or metric not in METRICS:
-    raise ValueError(f'{metric=} of {len(reports)} reports; wanted one of {", ".join(METRICS)} and '
-                     'at least one report.')
-  blocks = {report.spec.blocks for report in reports.values()}
-  if len(blocks) > 1:
-    raise ValueError(f'The reports judged different blocks: {sorted(blocks)}; evaluate again with '
-                     'one EvalSpec.')
-  header = next(iter(blocks))
-  lines = [f'| {metric} | ' + ' | '.join(f'block {b}' for b in header) + ' |',
-           '|---|' + '---|' * len(header)]
-  for name, report in reports.items():
-    cells = [_cell(row) for row in report.rows() if row['metric'] == metric]
-    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
-
-
 class _VideoJudge:
   """Measures one video as its blocks arrive; remembers its first block and one frame."""
 
@@ -429,9 +407,3 @@ def _candidates(world: digits.DigitsWorld, digit: int, true_id: int | None, spec
     raise ValueError(f'instances={spec.instances} exceeds the {len(pool)} images of digit {digit} '
                      f'in split {spec.split!r}; use fewer.')
   return np.concatenate([known, rng.choice(pool, count, replace=False)]).astype(int)
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-  if np.isnan(row['mean']):
-    return '-'
-  return f'{row["mean"]:.3f} [{row["low"]:.3f}, {row["high"]:.3f}]'

@@ -77,7 +77,7 @@ def curves(study: Study, start: str) -> np.ndarray:
 def _curve(rows: Sequence[tables.Row], metric: str) -> np.ndarray:
   """Block, mean, low and high [4, n] of one metric."""
   return np.array([[row[key] for key in ('block', 'mean', 'low', 'high')]
-                   for row in rows if row['metric'] == metric]).T
+                   for row in rows if row['metric'] == metric and row['block'] != evaluator.MEAN]).T
 
 
 def _title(metric: str) -> str:
@@ -106,22 +106,27 @@ def _ablation(study: Study, start: str) -> list[str]:
   rows: dict[str, Mapping] = {tables.words(name): tables.lookup(report)
                               for name, report in reports.items()}
   rows['true clips'] = tables.lookup(study.report(TRUTH))
-  rows['true clips through the VAE'] = tables.lookup(study.report(TRUTH, 'reconstructed'))
+  # Reconstructions are short: their mean is not one over the same blocks.
+  rows['true clips through the VAE'] = {
+      key: row for key, row in tables.lookup(study.report(TRUTH, 'reconstructed')).items()
+      if key[1] != evaluator.MEAN}
   chance = study.report(TRUTH).chance
   baseline = reports[ablation.baseline]
   differences = {tables.words(name): tables.lookup(evaluator.paired(report, baseline))
                  for name, report in reports.items() if name != ablation.baseline}
   lines = [f'## {_STARTS[start].format(n=ablation.start_blocks)}', '']
+  judged = ablation.all_judged
   for metric in config.headline:
-    lines += [f'### {_title(metric)}', '', tables.metric_table(rows, metric, ablation.judged,
-                                                               chance=chance.get(metric)), '']
+    lines += [f'### {_title(metric)}', '', tables.metric_table(
+        rows, metric, ablation.judged, chance=chance.get(metric), mean_of=judged), '']
     if differences:
       lines += [f'Difference to {tables.words(ablation.baseline)}, video by video:', '',
-                tables.metric_table(differences, metric, ablation.judged, signed=True), '']
+                tables.metric_table(differences, metric, ablation.judged, signed=True,
+                                    mean_of=judged), '']
   lines += [f'![Curves](curves-{start}.png)', '', '<details><summary>Other metrics</summary>', '']
   for metric in (m for m in evaluator.METRICS if m not in config.headline):
-    lines += [f'#### {_title(metric)}', '', tables.metric_table(rows, metric, ablation.judged,
-                                                                chance=chance.get(metric)), '']
+    lines += [f'#### {_title(metric)}', '', tables.metric_table(
+        rows, metric, ablation.judged, chance=chance.get(metric), mean_of=judged), '']
   return [*lines, '</details>', '']
 
 

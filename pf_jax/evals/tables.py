@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pf_jax.evals import metrics
-from pf_jax.evals.evaluator import METRICS, Report
+from pf_jax.evals.evaluator import MEAN, METRICS, Report
 
 Row = Mapping[str, Any]
-Rows = Mapping[tuple[str, int | None], Row]
+Rows = Mapping[tuple[str, int | str | None], Row]
 
 _WORDS = {
     'pack': 'pack', 'pack_fifo': 'pack, newest instead of top-k', 'no_sink': 'no sink',
@@ -40,13 +40,28 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def metric_table(reports: Mapping[str, Rows], metric: str, blocks: Sequence[int], *,
-                 chance: float | None = None, signed: bool = False, first: str = 'policy') -> str:
-  """One metric: a row per report and a column per block; blocks it did not judge show '-'."""
-  lines = [[name, *(cell(rows.get((metric, block)), signed=signed) for block in blocks)]
+                 chance: float | None = None, signed: bool = False, first: str = 'policy',
+                 mean_of: Sequence[int] = ()) -> str:
+  """One metric: a row per report and a column per block; blocks it did not judge show '-'.
+
+  Args:
+    reports: rows by the name of the table's row.
+    metric: of `METRICS`.
+    blocks: columns.
+    chance: gets a row of its own.
+    signed: write a plus.
+    first: heading of the first column.
+    mean_of: the judged blocks, for a last column with each video's mean over them; for reports
+      that judged just these.
+  """
+  columns: list[int | str] = [*blocks, *[MEAN] * bool(mean_of)]
+  lines = [[name, *(cell(rows.get((metric, block)), signed=signed) for block in columns)]
            for name, rows in reports.items()]
   if chance is not None:
-    lines.append(['chance', *[f'{chance:.3f}'] * len(blocks)])
-  return table([first, *(f'block {block}' for block in blocks)], lines)
+    lines.append(['chance', *[f'{chance:.3f}'] * len(columns)])
+  headings = [f'block {block}' for block in blocks]
+  headings += [f'mean of {len(mean_of)} blocks'] if mean_of else []
+  return table([first, *headings], lines)
 
 
 def parts_table(values: Mapping[str, Any], *, resamples: int, confidence: float, seed: int) -> str:

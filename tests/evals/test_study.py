@@ -72,8 +72,10 @@ def test_what_is_written(finished):
   assert {'jax', 'pf_jax', 'numpy'} <= set(data['versions'])
   assert len(data['truth']['parts']['psnr']) == 4
   table = (root / 'table.md').read_text()
-  assert '| same | +0.000 [+0.000, +0.000] | +0.000 [+0.000, +0.000] |' in table
-  assert '| chance | 0.100 | 0.100 |' in table
+  assert '| same |' + ' +0.000 [+0.000, +0.000] |' * 3 in table
+  assert '| chance | 0.100 | 0.100 | 0.100 |' in table
+  blocks = len(finished.config.ablation.all_judged)
+  assert f'| block 2 | block 3 | mean of {blocks} blocks |' in table
   for heading in ('## From the prompt alone', '## After 1 true blocks', '### Compressor branches',
                   'swapped prompts, judged by the old one', 'PSNR at full resolution'):
     assert heading in table
@@ -167,6 +169,11 @@ def test_paired_differences_by_hand():
   assert tables.metric_table({'other': rows}, 'class_accuracy', (5, 30), signed=True) == (
       '| policy | block 5 | block 30 |\n|---|---|---|\n'
       '| other | -0.100 [-0.100, -0.100] | -0.400 [-1.000, +0.200] |')
+  # Each video's mean over its blocks: -0.55, 0.05, -0.25, and -0.1 where block 30 has no value.
+  assert rows['class_accuracy', evaluator.MEAN]['mean'] == pytest.approx(-0.2125)
+  assert tables.metric_table({'other': rows}, 'class_accuracy', (5,), mean_of=(5, 30)).startswith(
+      '| policy | block 5 | mean of 2 blocks |\n|---|---|---|\n| other | -0.100 [-0.100, -0.100] '
+      '| -0.212 [')
   with pytest.raises(ValueError, match='cannot be paired'):
     evaluator.paired(other.at((5,)), pack)
 
