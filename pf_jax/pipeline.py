@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pf_jax.cache import CacheSpec
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
+from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.progress import Progress
 from pf_jax.request import PromptSchedule, check_seed, parse_prompt
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec, cache_spec
 from pf_jax.rollout.stream import Block, Programs, stream
-from pf_jax.types import Array, KeyValues, VideoSpec
+from pf_jax.types import Array, VideoSpec
 from pf_jax.viz.video import VideoWriter
 from pf_jax.weights import package
 
@@ -78,36 +79,33 @@ class Pipeline:
   """A model ready to sample.
 
   Attributes:
-    models: the networks.
-    tokenizer: for prompts.
+    models: the networks that every block needs.
+    prompts: turns prompts into text rows.
     spec: static choices of the rollout.
     choices: the same as the fields of `CacheSpec` and `SamplerSpec` they were made from, JSON-able:
       {'cache': {...}, 'sampler': {...}}.
     directory: where the model came from, None if it was made in memory.
   """
 
-  def __init__(self, models: Models, tokenizer: Tokenizer, *, choices: Choices | None = None,
-               directory: pathlib.Path | None = None):
+  def __init__(self, models: VideoModels, prompts: PromptEncoder, *,
+               choices: Choices | None = None, directory: pathlib.Path | None = None):
     """Puts the parts together; nothing is compiled yet.
 
     Args:
-      models: the networks.
-      tokenizer: must not know more tokens than the text encoder embeds.
+      models: the networks that every block needs.
+      prompts: of the same model.
       choices: {'cache': fields of `CacheSpec`, 'sampler': fields of `SamplerSpec`}.
       directory: where the model came from.
 
     Raises:
-      ValueError: unknown or contradicting choices, or a tokenizer that does not fit.
+      ValueError: unknown or contradicting choices.
     """
     given = {name: dict((choices or {}).get(name, {})) for name in ('cache', 'sampler')}
     _check_names('cache', given['cache'], cache_choices())
     _check_names('sampler', given['sampler'], [f.name for f in dataclasses.fields(SamplerSpec)])
-    if tokenizer.vocab_size > models.spec.text.vocab_size:
-      raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the text encoder embeds '
-                       f'{models.spec.text.vocab_size}; use the model\'s own tokenizer.json.')
     if 'steps' in given['sampler']:
       given['sampler']['steps'] = tuple(given['sampler']['steps'])
-    self.models, self.tokenizer, self.directory = models, tokenizer, directory
+    self.models, self.prompts, self.directory = models, prompts, directory
     self.spec = RolloutSpec(cache_spec(models.spec, **given['cache']),
                             SamplerSpec(**given['sampler']))
     self.choices = {'cache': {n: getattr(self.spec.cache, n) for n in cache_choices()},
@@ -118,6 +116,11 @@ class Pipeline:
   def video(self) -> VideoSpec:
     """Geometry of the videos."""
     return self.models.spec.video
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """Of the prompts."""
+    return self.prompts.tokenizer
 
   def programs(self, batch: int = 1) -> Programs:
     """The compiled programs for `batch` videos; compiled at the first call."""
@@ -153,16 +156,13 @@ class Pipeline:
     for schedule, seed in zip(schedules, seeds, strict=True):
       schedule.check_length(count)
       check_seed(seed)
-    programs = self.programs(len(schedules))
-    text = [self._encode(programs, texts)
+    rows = [self.prompts(texts)
             for texts in zip(*(schedule.texts for schedule in schedules), strict=True)]
+    programs = self.programs(len(schedules))
+    text = [programs.text_keys_values(prompt_rows) for prompt_rows in rows]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     prompt_index = [schedules[0].of_block(block) for block in range(count)]
     return stream(programs, text, prompt_index, keys, replay=replay)
-
-  def _encode(self, programs: Programs, texts: Sequence[str]) -> KeyValues:
-    batch = self.tokenizer(texts)
-    return programs.encode_text(jnp.asarray(batch.ids), jnp.asarray(batch.mask))
 
   def sample(self, prompt: str, *, seconds: float = 10.0, seed: int = 0,
              progress: bool = True) -> Video:
@@ -209,7 +209,8 @@ def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any
   own = directory / package.TOKENIZER_FILE
   tokenizer = Tokenizer.from_file(own if own.exists() else PACKAGED / package.TOKENIZER_FILE,
                                   max_tokens=models.spec.text.max_tokens)
-  return Pipeline(models, tokenizer, directory=directory, choices={
+  prompts = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+  return Pipeline(models.without_text(), prompts, directory=directory, choices={
       'cache': {**choices.get('cache', {}), **(cache or {})},
       'sampler': {**choices.get('sampler', {}), **(sampler or {})}})
 

@@ -32,10 +32,21 @@ class KeyValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DTypes:
-  """Precision policy: how parameters, activations and cached keys/values are stored.
+  """Precision policy of a network: how parameters, activations and cached keys/values are stored.
 
-  Norms, softmax, time modulation, RoPE angles and the sampler's state stay float32 whatever is
-  chosen here.
+  What stays float32 whatever is chosen here, in every network: norms and their scales, softmax,
+  RoPE angles, time embedding, time modulation and gates, the residual stream of transformer and
+  text encoder, the transformer's head, latents between networks, and the sampler's state. Products
+  accumulate in float32. Everything else (linear layers, convolutions, attention's operands) follows
+  `compute`.
+
+  Attributes:
+    params: of stored parameters, those above excepted.
+    compute: of activations.
+    cache: of stored keys and values (transformer only).
+
+  Raises:
+    ValueError: a dtype that is not supported.
   """
 
   params: str = 'float32'

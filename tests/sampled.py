@@ -101,8 +101,8 @@ class Rowwise:
   def _each(self, function, *arguments):
     return [function(*(argument[row] for argument in arguments)) for row in range(self.batch)]
 
-  def encode_text(self, ids, mask):
-    return self._each(self.single.encode_text, ids[:, None], mask[:, None])
+  def text_keys_values(self, rows):
+    return self._each(self.single.text_keys_values, rows[:, None])
 
   def start(self):
     return [self.single.start() for _ in range(self.batch)]

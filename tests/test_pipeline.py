@@ -84,7 +84,7 @@ def test_choices_come_from_the_model_and_yield_to_arguments(tiny):
     ({'sampler': {'steps': [0.0]}}, 'steps')])
 def test_impossible_choices(tiny, options, message):
   with pytest.raises(ValueError, match=message):
-    Pipeline(tiny.pipeline.models, tiny.pipeline.tokenizer, choices=options)
+    Pipeline(tiny.pipeline.models, tiny.pipeline.prompts, choices=options)
 
 
 def test_where_models_are_found(tiny, tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from pf_jax.data import digits
 from pf_jax.evals import evaluator
 from pf_jax.models import compressor as compressor_lib
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
 from pf_jax.types import Array
 
 PARTS = ('psnr', 'psnr_low_resolution', 'hr_to_lr', 'cosine')
@@ -42,7 +42,7 @@ def psnr(reference: Array, other: Array) -> Array:
   return -10 * jnp.log10(jnp.maximum(jnp.mean(jnp.square((reference - other) / 2)), 1e-10))
 
 
-def branch_tokens(models: Models, latents: Array, pixels: Array) -> tuple[Array, Array]:
+def branch_tokens(models: VideoModels, latents: Array, pixels: Array) -> tuple[Array, Array]:
   """Tokens of both compressor branches, whichever of them the model adds up.
 
   Args:
@@ -59,7 +59,7 @@ def branch_tokens(models: Models, latents: Array, pixels: Array) -> tuple[Array,
 
 
 @jax.jit
-def _measure(models: Models, frames: Array, latents: Array) -> tuple[Array, dict[str, Array]]:
+def _measure(models: VideoModels, frames: Array, latents: Array) -> tuple[Array, dict[str, Array]]:
   """Reconstruction [T, H, W, 3] of one clip, and its `PARTS`; latents [blocks, F, h, w, C]."""
   video = models.spec.video
   true = frames.astype(jnp.float32)[None] / 127.5 - 1
@@ -79,7 +79,7 @@ def _measure(models: Models, frames: Array, latents: Array) -> tuple[Array, dict
                       'cosine': jnp.mean(alike)}
 
 
-def measure(models: Models, world: digits.DigitsWorld, draws: Sequence[digits.ClipAttributes],
+def measure(models: VideoModels, world: digits.DigitsWorld, draws: Sequence[digits.ClipAttributes],
             latents: np.ndarray, judge: evaluator.Judge,
             watch: Callable[[np.ndarray], None] | None = None) -> PartsReport:
   """Measures VAE and compressor on true clips, one clip at a time.

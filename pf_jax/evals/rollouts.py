@@ -18,7 +18,8 @@ from flax import nnx
 from pf_jax.cache import CacheSpec
 from pf_jax.data import digits
 from pf_jax.evals import evaluator
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
+from pf_jax.models.compressor import Compressor
 from pf_jax.models.vae import WanVae
 from pf_jax.pipeline import Pipeline
 from pf_jax.rollout.stream import Block
@@ -59,17 +60,18 @@ def variant(pipeline: Pipeline, run: Run) -> Pipeline:
     models = with_branches(models, run.branches)
   choices = {**pipeline.choices, 'cache': {**pipeline.choices['cache'], **run.cache}}
   try:
-    return Pipeline(models, pipeline.tokenizer, choices=choices, directory=pipeline.directory)
+    return Pipeline(models, pipeline.prompts, choices=choices, directory=pipeline.directory)
   except (TypeError, ValueError) as error:
     raise ValueError(f'{run.name}: {error}') from error
 
 
-def with_branches(models: Models, branches: str) -> Models:
+def with_branches(models: VideoModels, branches: str) -> VideoModels:
   """The same parameters with other compressor branches switched on; nothing is copied."""
   spec = dataclasses.replace(models.spec, compressor=dataclasses.replace(
       models.spec.compressor, branches=branches))
-  shapes = jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
-  return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(models))
+  shapes = jax.eval_shape(lambda: Compressor(spec.compressor, rngs=nnx.Rngs(0)))
+  compressor = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(models.compressor))
+  return VideoModels(spec, models.vae, models.transformer, compressor)
 
 
 def held_out(world: digits.DigitsWorld, videos: int, seed: int) -> list[digits.ClipAttributes]:
@@ -101,7 +103,7 @@ def _encode(vae: WanVae, frames: Array) -> Array:
   return vae.encode(frames.astype(jnp.float32)[None] / 127.5 - 1)[0]
 
 
-def encode_clips(models: Models, world: digits.DigitsWorld,
+def encode_clips(models: VideoModels, world: digits.DigitsWorld,
                  draws: Sequence[digits.ClipAttributes], blocks: int) -> np.ndarray:
   """Latents of true clips, one clip at a time.
 

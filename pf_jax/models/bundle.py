@@ -13,7 +13,7 @@ from pf_jax.models.initialise import init_module
 from pf_jax.models.text import TextSpec, UMT5Encoder
 from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.models.vae import VaeSpec, WanVae
-from pf_jax.types import Array, VideoSpec
+from pf_jax.types import Array, KeyValues, VideoSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,16 @@ class ModelSpec:
     return rope.compressed_positions(self.grid, self.mid_grid, self.mid_offsets)
 
 
-class Models(nnx.Module):
-  """The networks: VAE, text encoder, transformer, compressor."""
+class VideoModels(nnx.Module):
+  """The networks that every block needs: VAE, transformer, compressor."""
 
-  def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+  def __init__(self, spec: ModelSpec, vae: WanVae, transformer: CausalTransformer,
+               compressor: Compressor):
+    """Puts networks together; parameters are shared, not copied."""
     self.spec = spec
-    self.vae = WanVae(spec.vae, rngs=rngs)
-    self.text = UMT5Encoder(spec.text, rngs=rngs)
-    self.transformer = CausalTransformer(spec.transformer, rngs=rngs)
-    self.compressor = Compressor(spec.compressor, rngs=rngs)
+    self.vae = vae
+    self.transformer = transformer
+    self.compressor = compressor
 
   def encode_low_resolution(self, pixels: Array) -> Array:
     """LR latents of one block of pixels [B, T, H, W, 3] -> [B, f, h', w', C]."""
@@ -88,9 +89,24 @@ class Models(nnx.Module):
     tokens = self.compressor(latents, self.transformer.patch_embedding(lr_latents))
     return tokens, self.spec.compressed_positions
 
-  def text_keys_values(self, ids: Array, mask: Array):
-    """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]."""
+
+class Models(VideoModels):
+  """All networks of one model: those of `VideoModels` and the text encoder."""
+
+  def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+    """Draws fresh parameters."""
+    vae = WanVae(spec.vae, rngs=rngs)
+    self.text = UMT5Encoder(spec.text, rngs=rngs)
+    transformer = CausalTransformer(spec.transformer, rngs=rngs)
+    super().__init__(spec, vae, transformer, Compressor(spec.compressor, rngs=rngs))
+
+  def text_keys_values(self, ids: Array, mask: Array) -> KeyValues:
+    """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]; for training."""
     return self.transformer.text_keys_values(self.text(ids, mask))
+
+  def without_text(self) -> VideoModels:
+    """The networks that sampling needs once its prompts are encoded."""
+    return VideoModels(self.spec, self.vae, self.transformer, self.compressor)
 
 
 def init(spec: ModelSpec, seed: int = 0) -> Models:

@@ -29,7 +29,7 @@ from pf_jax.types import Array, DTypes, check_shape
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-  """Sizes of the text encoder.
+  """Sizes of the text encoder; defaults are the shipped miniature's. See also `umt5_xxl`.
 
   Attributes:
     vocab_size: rows of the embedding; at least the tokenizer's vocabulary.
@@ -41,6 +41,7 @@ class TextSpec:
     num_buckets: rows of a relative-position table, half for keys after the query.
     max_distance: from here on all distances share the last bucket, tokens.
     max_tokens: text rows the tokenizer pads to. The encoder itself takes any length.
+    dtypes: precision.
 
   Raises:
     ValueError: a size is not positive, or the buckets cannot be laid out.
@@ -55,11 +56,12 @@ class TextSpec:
   num_buckets: int = 32
   max_distance: int = 128
   max_tokens: int = 16
+  dtypes: DTypes = DTypes()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if value < 1:
+      if isinstance(value, int) and value < 1:
         raise ValueError(f'{field.name}={value} must be at least 1.')
     if self.num_buckets % 4:
       raise ValueError(f'num_buckets={self.num_buckets} is not a multiple of 4; two halves (before '
@@ -67,6 +69,12 @@ class TextSpec:
     if self.max_distance <= self.num_buckets // 4:
       raise ValueError(f'max_distance={self.max_distance} leaves no room for the logarithmic '
                        f'buckets; use more than {self.num_buckets // 4}.')
+
+  @classmethod
+  def umt5_xxl(cls, **choices) -> 'TextSpec':
+    """Wan2.1's text encoder: 5,680,910,336 parameters, 512 rows; `choices` are other fields."""
+    return cls(vocab_size=256384, width=4096, num_layers=24, num_heads=64, head_dim=64,
+               ffn_width=10240, max_tokens=512, **choices)
 
   @property
   def attention_width(self) -> int:
@@ -105,20 +113,20 @@ def relative_buckets(length: int, *, num_buckets: int, max_distance: int) -> np.
 class RMSNorm(nnx.Module):
   """Divides by the root mean square over the last axis, in float32, and scales."""
 
-  def __init__(self, width: int, *, dtypes: DTypes):
-    self.scale = nnx.Param(jnp.ones(width, dtypes.params))
+  def __init__(self, width: int):
+    self.scale = nnx.Param(jnp.ones(width))
 
   def __call__(self, x: Array) -> Array:
     x = x.astype(jnp.float32)
     rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    return x * rms * self.scale[...].astype(jnp.float32)
+    return x * rms * self.scale[...]
 
 
 class Attention(nnx.Module):
   """Unscaled multi-head self-attention with a table of relative-position biases."""
 
-  def __init__(self, spec: TextSpec, *, dtypes: DTypes, rngs: nnx.Rngs):
-    wide, inner = spec.width, spec.attention_width
+  def __init__(self, spec: TextSpec, *, rngs: nnx.Rngs):
+    wide, inner, dtypes = spec.width, spec.attention_width, spec.dtypes
     # q carries the 1/sqrt(H) that the scores do not have.
     self.q = _linear(wide, inner, (wide * spec.head_dim) ** -0.5, dtypes, rngs)
     self.k = _linear(wide, inner, wide ** -0.5, dtypes, rngs)
@@ -147,8 +155,8 @@ class Attention(nnx.Module):
 class GatedFeedForward(nnx.Module):
   """fc2( fc1(x) * gelu(gate(x)) ), gelu in its tanh form."""
 
-  def __init__(self, spec: TextSpec, *, dtypes: DTypes, rngs: nnx.Rngs):
-    wide, hidden = spec.width, spec.ffn_width
+  def __init__(self, spec: TextSpec, *, rngs: nnx.Rngs):
+    wide, hidden, dtypes = spec.width, spec.ffn_width, spec.dtypes
     self.gate = _linear(wide, hidden, wide ** -0.5, dtypes, rngs)
     self.fc1 = _linear(wide, hidden, wide ** -0.5, dtypes, rngs)
     self.fc2 = _linear(hidden, wide, hidden ** -0.5, dtypes, rngs)
@@ -160,11 +168,11 @@ class GatedFeedForward(nnx.Module):
 class TextLayer(nnx.Module):
   """Attention and feed-forward, each on the normalised residual stream."""
 
-  def __init__(self, spec: TextSpec, *, dtypes: DTypes, rngs: nnx.Rngs):
-    self.norm1 = RMSNorm(spec.width, dtypes=dtypes)
-    self.attn = Attention(spec, dtypes=dtypes, rngs=rngs)
-    self.norm2 = RMSNorm(spec.width, dtypes=dtypes)
-    self.ffn = GatedFeedForward(spec, dtypes=dtypes, rngs=rngs)
+  def __init__(self, spec: TextSpec, *, rngs: nnx.Rngs):
+    self.norm1 = RMSNorm(spec.width)
+    self.attn = Attention(spec, rngs=rngs)
+    self.norm2 = RMSNorm(spec.width)
+    self.ffn = GatedFeedForward(spec, rngs=rngs)
 
   def __call__(self, x: Array, mask: Array, buckets: Array) -> Array:
     """x [B, T, D] float32 residual stream -> the same."""
@@ -175,23 +183,21 @@ class TextLayer(nnx.Module):
 class UMT5Encoder(nnx.Module):
   """Token ids -> one vector per text row.
 
-  The residual stream, norms and softmax are float32 whatever `dtypes.compute` says.
-
   Attributes:
     token_embedding: [V, D].
     layers: a TextLayer whose parameters carry a leading L.
     norm: the final RMSNorm.
   """
 
-  def __init__(self, spec: TextSpec, *, rngs: nnx.Rngs, dtypes: DTypes | None = None):
+  def __init__(self, spec: TextSpec, *, rngs: nnx.Rngs):
     """Makes an encoder with T5's initialisation, which trains from scratch as it is."""
-    dtypes = dtypes or DTypes()
+    dtypes = spec.dtypes
     self.spec = spec
     embedding = jax.random.normal(rngs.params(), (spec.vocab_size, spec.width))
     self.token_embedding = nnx.Param(embedding.astype(dtypes.params))
     keys = jax.random.split(rngs.params(), spec.num_layers)
-    self.layers = jax.vmap(lambda key: TextLayer(spec, dtypes=dtypes, rngs=nnx.Rngs(key)))(keys)
-    self.norm = RMSNorm(spec.width, dtypes=dtypes)
+    self.layers = jax.vmap(lambda key: TextLayer(spec, rngs=nnx.Rngs(key)))(keys)
+    self.norm = RMSNorm(spec.width)
 
   def __call__(self, ids: Array, mask: Array) -> Array:
     """Encodes prompts.

@@ -35,7 +35,20 @@ ContextFn = Callable[[PyTree, Array], tuple[Segment | None, PyTree]]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSpec:
-  """Sizes of the transformer; defaults are the shipped miniature's.
+  """Sizes of the transformer; defaults are the shipped miniature's. See also `wan_1_3b`, `wan_14b`.
+
+  Attributes:
+    width: D, of the residual stream.
+    ffn_width: hidden width of the feed-forward.
+    num_heads: N; D / N reals each.
+    num_layers: L.
+    in_channels: of the latents.
+    out_channels: of the predicted flow.
+    patch: latent cells per token along (frame, height, width).
+    time_width: of the timestep's sinusoid.
+    text_width: of the text encoder's rows.
+    remat: recompute each layer's activations in the backward pass instead of keeping them.
+    dtypes: precision.
 
   Raises:
     ValueError: sizes that contradict each other.
@@ -50,12 +63,13 @@ class TransformerSpec:
   patch: tuple[int, int, int] = (1, 2, 2)
   time_width: int = 128
   text_width: int = 64
+  remat: bool = False
   dtypes: DTypes = DTypes()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if isinstance(value, int) and value < 1:
+      if isinstance(value, int) and field.name != 'remat' and value < 1:
         raise ValueError(f'{field.name}={value} must be at least 1.')
     if self.width % self.num_heads:
       raise ValueError(f'width={self.width} is not a multiple of num_heads={self.num_heads}; '
@@ -63,6 +77,18 @@ class TransformerSpec:
     if self.time_width % 2:
       raise ValueError(f'time_width={self.time_width} must be even: cosines and sines share it.')
     rope.rope_pairs(self.head_dim)
+
+  @classmethod
+  def wan_1_3b(cls, **choices) -> 'TransformerSpec':
+    """Wan2.1-T2V-1.3B and Self-Forcing: 1,418,996,800 parameters; `choices` are other fields."""
+    return cls(width=1536, ffn_width=8960, num_heads=12, num_layers=30, in_channels=16,
+               out_channels=16, time_width=256, text_width=4096, **choices)
+
+  @classmethod
+  def wan_14b(cls, **choices) -> 'TransformerSpec':
+    """Wan2.1-T2V-14B: 14,288,491,584 parameters; `choices` are other fields."""
+    return cls(width=5120, ffn_width=13824, num_heads=40, num_layers=40, in_channels=16,
+               out_channels=16, time_width=256, text_width=4096, **choices)
 
   @property
   def head_dim(self) -> int:
@@ -119,10 +145,10 @@ class AffineLayerNorm(nnx.Module):
     return layer_norm(x) * self.scale[...] + self.bias[...]
 
 
-def _linear(fan_in: int, fan_out: int, spec: TransformerSpec, rngs: nnx.Rngs,
+def _linear(fan_in: int, fan_out: int, dtypes: DTypes, rngs: nnx.Rngs,
             init: Callable | None = None) -> nnx.Linear:
-  return nnx.Linear(fan_in, fan_out, param_dtype=jnp.dtype(spec.dtypes.params),
-                    dtype=jnp.dtype(spec.dtypes.compute), rngs=rngs,
+  return nnx.Linear(fan_in, fan_out, param_dtype=jnp.dtype(dtypes.params),
+                    dtype=jnp.dtype(dtypes.compute), rngs=rngs,
                     kernel_init=init or nnx.initializers.xavier_uniform())
 
 
@@ -130,10 +156,10 @@ class Attention(nnx.Module):
   """Projections of one attention: q and k are RMS-normed over the full width, before the heads."""
 
   def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
-    self.q = _linear(spec.width, spec.width, spec, rngs)
-    self.k = _linear(spec.width, spec.width, spec, rngs)
-    self.v = _linear(spec.width, spec.width, spec, rngs)
-    self.o = _linear(spec.width, spec.width, spec, rngs)
+    self.q = _linear(spec.width, spec.width, spec.dtypes, rngs)
+    self.k = _linear(spec.width, spec.width, spec.dtypes, rngs)
+    self.v = _linear(spec.width, spec.width, spec.dtypes, rngs)
+    self.o = _linear(spec.width, spec.width, spec.dtypes, rngs)
     self.norm_q = RmsNorm(spec.width)
     self.norm_k = RmsNorm(spec.width)
     self.heads = spec.num_heads
@@ -177,8 +203,8 @@ class Layer(nnx.Module):
     self.self_attn = Attention(spec, rngs=rngs)
     self.cross_attn = Attention(spec, rngs=rngs)
     self.norm3 = AffineLayerNorm(spec.width)
-    self.ffn_in = _linear(spec.width, spec.ffn_width, spec, rngs)
-    self.ffn_out = _linear(spec.ffn_width, spec.width, spec, rngs)
+    self.ffn_in = _linear(spec.width, spec.ffn_width, spec.dtypes, rngs)
+    self.ffn_out = _linear(spec.ffn_width, spec.width, spec.dtypes, rngs)
 
   def _modulations(self, stream: Stream) -> Array:
     """[6, B, T, D]: shift, scale, gate of self-attention, then of the feed-forward."""
@@ -223,7 +249,7 @@ class PatchEmbedding(nnx.Module):
 
   def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
     self.patch = spec.patch
-    self.proj = _linear(spec.patch_volume * spec.in_channels, spec.width, spec, rngs)
+    self.proj = _linear(spec.patch_volume * spec.in_channels, spec.width, spec.dtypes, rngs)
 
   def __call__(self, latents: Array) -> Array:
     """[B, F, h, w, C] -> [B, F*h'*w', D] float32; width runs fastest."""
@@ -240,16 +266,17 @@ class CausalTransformer(nnx.Module):
     width = spec.width
     small = nnx.initializers.normal(0.02)
     self.patch_embedding = PatchEmbedding(spec, rngs=rngs)
-    self.text_in = _linear(spec.text_width, width, spec, rngs, small)
-    self.text_out = _linear(width, width, spec, rngs, small)
-    self.time_in = _linear(spec.time_width, width, spec, rngs, small)
-    self.time_out = _linear(width, width, spec, rngs, small)
-    self.time_projection = _linear(width, 6 * width, spec, rngs)
+    self.text_in = _linear(spec.text_width, width, spec.dtypes, rngs, small)
+    self.text_out = _linear(width, width, spec.dtypes, rngs, small)
+    precise = DTypes()
+    self.time_in = _linear(spec.time_width, width, precise, rngs, small)
+    self.time_out = _linear(width, width, precise, rngs, small)
+    self.time_projection = _linear(width, 6 * width, precise, rngs)
     keys = jax.random.split(rngs.params(), spec.num_layers)
     self.layers = jax.vmap(lambda key: Layer(spec, rngs=nnx.Rngs(key)))(keys)
     self.head_modulation = nnx.Param(
         jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
-    self.head = _linear(width, spec.patch_volume * spec.out_channels, spec, rngs,
+    self.head = _linear(width, spec.patch_volume * spec.out_channels, precise, rngs,
                         nnx.initializers.zeros)
 
   def text_keys_values(self, text: Array) -> KeyValues:
@@ -275,16 +302,15 @@ class CausalTransformer(nnx.Module):
     angles = timesteps.astype(jnp.float32)[..., None] * frequencies
     sinusoid = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     embedding = self.time_out(jax.nn.silu(self.time_in(sinusoid)))
-    projected = self.time_projection(jax.nn.silu(embedding)).astype(jnp.float32)
-    return (embedding.astype(jnp.float32),
-            einops.rearrange(projected, 'b f (six d) -> b f six d', six=6))
+    projected = self.time_projection(jax.nn.silu(embedding))
+    return embedding, einops.rearrange(projected, 'b f (six d) -> b f six d', six=6)
 
   def _head(self, x: Array, embedding: Array, grid: tuple[int, int, int]) -> Array:
     """Tokens [B, T, D] -> flow [B, F, h, w, C]."""
     shift, scale = jnp.moveaxis(self.head_modulation[...] + embedding[:, :, None], 2, 0)
     tokens = grid[1] * grid[2]
     shift, scale = (jnp.repeat(m, tokens, axis=1) for m in (shift, scale))
-    out = self.head(layer_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+    out = self.head(layer_norm(x) * (1 + scale) + shift)
     p, q, r = self.spec.patch
     # The channel runs fastest here, unlike in Wan's patch embedding kernel.
     return einops.rearrange(out, 'b (f h w) (p q r c) -> b (f p) (h q) (w r) c',
@@ -349,6 +375,7 @@ class CausalTransformer(nnx.Module):
         kept.append(own)
       return outputs, (jax.tree.map(lambda a: a.astype(cache_dtype), kept), aux)
 
+    body = jax.checkpoint(body) if self.spec.remat else body
     xs, (kept, aux) = jax.lax.scan(body, [stream.x for stream in streams],
                                    (self.layers, text, slices))
     return TransformerOutput(self._head(xs[0], embedding, grid), kept[0],

@@ -31,7 +31,7 @@ from flax import nnx
 from jax import lax
 
 from pf_jax.kernels.conv3d import conv3d
-from pf_jax.types import check_shape
+from pf_jax.types import DTypes, check_shape
 
 Array = jax.Array
 
@@ -53,6 +53,7 @@ class VaeSpec:
     latent_mean: per channel; latents leave the encoder as (mean of posterior - this) / std.
       Empty: zeros.
     latent_std: per channel. Empty: ones.
+    dtypes: precision; the streaming state is kept in `compute`.
 
   Raises:
     ValueError: sizes that contradict each other.
@@ -65,6 +66,7 @@ class VaeSpec:
   temporal_downsample: tuple[bool, ...] = (False, True, True)
   latent_mean: tuple[float, ...] = ()
   latent_std: tuple[float, ...] = ()
+  dtypes: DTypes = DTypes()
 
   def __post_init__(self):
     if min(self.base_width, self.latent_channels, self.num_res_blocks,
@@ -99,9 +101,10 @@ class VaeSpec:
     return 2 ** sum(self.temporal_downsample)
 
   @classmethod
-  def wan21(cls) -> 'VaeSpec':
+  def wan21(cls, **choices) -> 'VaeSpec':
     """The released Wan2.1 VAE: 126,892,531 parameters, with its latent statistics."""
     return cls(
+        **choices,
         latent_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                      0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
         latent_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -157,19 +160,24 @@ class Conv(nnx.Module):
   """A convolution over [B, T, H, W, C]; with temporal taps it is causal and owns a slot."""
 
   def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, scale: float = 1.0,
-               implementation: str | None = None):
+               dtype: Any = jnp.float32, implementation: str | None = None):
     """Initialises with variance `scale` over the fan-in, biases at zero.
 
     Args:
       shape: [kt, kh, kw, C, O], or [kh, kw, C, O] for a convolution within frames.
       rngs: source of the initial values.
       scale: 1 keeps the variance of the input; 0 starts at zero.
+      dtype: of the parameters; the convolution runs in its input's dtype.
       implementation: see `pf_jax.kernels.conv3d`.
     """
     std = math.sqrt(scale / math.prod(shape[:-1]))
-    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-    self.bias = nnx.Param(jnp.zeros(shape[-1]))
+    self.kernel = nnx.Param((std * jax.random.normal(rngs.params(), shape)).astype(dtype))
+    self.bias = nnx.Param(jnp.zeros(shape[-1], dtype))
     self.implementation = implementation
+
+  def start_from(self, kernel: Array) -> None:
+    """Replaces the drawn kernel by one that does something sensible from the start."""
+    self.kernel[...] = kernel.astype(self.kernel.dtype)
 
   def __call__(self, x: Array, stream: _Stream) -> Array:
     """Convolves the next frames of a video, [B, T, H, W, C] -> [B, T, H, W, O]."""
@@ -256,12 +264,12 @@ class Downsample(nnx.Module):
     self.conv = Conv((3, 3, width, width), rngs=rngs, **conv)
     # Start as the mean of the 2x2 pixels that are merged: flat colour passes through unharmed.
     box = jnp.zeros((3, 3, 1, 1)).at[:2, :2].set(0.25)
-    self.conv.kernel[...] = box * jnp.eye(width)
+    self.conv.start_from(box * jnp.eye(width))
     self.time_conv = Conv((3, 1, 1, width, width), rngs=rngs, **conv) if temporal else None
     if self.time_conv is not None:
       # Start as the mean of the two frames that are merged.
-      self.time_conv.kernel[...] = jnp.stack([jnp.zeros((1, 1, width, width)),
-                                              *2 * [jnp.eye(width)[None, None] / 2]])
+      self.time_conv.start_from(jnp.stack([jnp.zeros((1, 1, width, width)),
+                                           *2 * [jnp.eye(width)[None, None] / 2]]))
 
   def __call__(self, x: Array, stream: _Stream) -> Array:
     """[B, T, H, W, C] -> [B, T', H/2, W/2, C]; T' = (T+1)/2 at the video's start, else T/2."""
@@ -284,11 +292,11 @@ class Upsample(nnx.Module):
     if self.time_conv is not None:
       # Start as a repetition of the frame.
       eye = jnp.concatenate([jnp.eye(width)] * 2, axis=-1)[None, None]
-      self.time_conv.kernel[...] = jnp.stack([0 * eye, 0 * eye, eye])
+      self.time_conv.start_from(jnp.stack([0 * eye, 0 * eye, eye]))
     self.conv = Conv((3, 3, width, width // 2), rngs=rngs, **conv)
     # Start as the scaled sum of two channels each, without a look at the neighbours.
     fold = jnp.concatenate([jnp.eye(width // 2)] * 2) / math.sqrt(2)
-    self.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0) * fold
+    self.conv.start_from(jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0) * fold)
 
   def __call__(self, x: Array, stream: _Stream) -> Array:
     """[B, T, H, W, C] -> [B, T', 2H, 2W, C/2]; T' = 2T-1 at the video's start, else 2T."""
@@ -382,14 +390,14 @@ class WanVae(nnx.Module):
       rngs: source of the initial values (stream `params`).
       implementation: of the convolutions, see `pf_jax.kernels.conv3d`.
     """
-    conv: dict[str, Any] = {'implementation': implementation}
+    conv: dict[str, Any] = {'implementation': implementation, 'dtype': spec.dtypes.params}
     channels = spec.latent_channels
     self.spec = spec
     self.encoder = Encoder(spec, rngs=rngs, **conv)
     self.quant_conv = Conv((1, 1, 1, 2 * channels, 2 * channels), rngs=rngs, **conv)
     # Start nearly deterministic: at unit variance the sample's noise would drown the picture, and
     # training would first spend itself on outgrowing it.
-    self.quant_conv.kernel[...] = self.quant_conv.kernel[...].at[..., channels:].set(0)
+    self.quant_conv.start_from(self.quant_conv.kernel[...].at[..., channels:].set(0))
     self.quant_conv.bias[...] = self.quant_conv.bias[...].at[channels:].set(_INITIAL_LOGVAR)
     self.post_quant_conv = Conv((1, 1, 1, channels, channels), rngs=rngs, **conv)
     self.decoder = Decoder(spec, rngs=rngs, **conv)
@@ -474,43 +482,42 @@ class WanVae(nnx.Module):
     """Decodes a posterior sample (not normalised) to pixels that are not clamped; for training."""
     return self._pixels(sample, _Stream())
 
-  def init_decoder_state(self, batch: int, height: int, width: int,
-                         dtype: Any = jnp.float32) -> DecoderState:
+  def init_decoder_state(self, batch: int, height: int, width: int) -> DecoderState:
     """A decoder state of zeros, for allocation; a video still starts with `decode_first`.
 
     Args:
       batch: videos.
       height: latent rows.
       width: latent columns.
-      dtype: of the latents that will be decoded.
     """
-    latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.spec.latent_channels), dtype)
+    latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.spec.latent_channels),
+                                   jnp.float32)
     state = jax.eval_shape(lambda z: self.decode_first(z)[1], latents)
     return jax.tree.map(lambda slot: jnp.zeros(slot.shape, slot.dtype), state)
 
-  def init_encoder_state(self, batch: int, height: int, width: int,
-                         dtype: Any = jnp.float32) -> EncoderState:
+  def init_encoder_state(self, batch: int, height: int, width: int) -> EncoderState:
     """An encoder state of zeros, for allocation; a video still starts with `encode_first`.
 
     Args:
       batch: videos.
       height: pixel rows.
       width: pixel columns.
-      dtype: of the pixels that will be encoded.
     """
-    pixels = jax.ShapeDtypeStruct((batch, 1, height, width, _PIXEL_CHANNELS), dtype)
+    pixels = jax.ShapeDtypeStruct((batch, 1, height, width, _PIXEL_CHANNELS), jnp.float32)
     state = jax.eval_shape(lambda x: self.encode_first(x)[1], pixels)
     return jax.tree.map(lambda slot: jnp.zeros(slot.shape, slot.dtype), state)
 
   def _moments(self, pixels: Array, stream: _Stream) -> tuple[Array, Array]:
     self._check_pixels(pixels, stream.first)
+    pixels = pixels.astype(self.spec.dtypes.compute)
     moments = self.quant_conv(self.encoder(pixels, stream), stream)
-    mean, logvar = jnp.split(moments, 2, axis=-1)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, logvar
 
   def _pixels(self, sample: Array, stream: _Stream) -> Array:
     check_shape('latents', sample, 'b f h w c', c=self.spec.latent_channels)
-    return self.decoder(self.post_quant_conv(sample, stream), stream)
+    sample = sample.astype(self.spec.dtypes.compute)
+    return self.decoder(self.post_quant_conv(sample, stream), stream).astype(jnp.float32)
 
   def _statistics(self) -> tuple[Array, Array]:
     channels = self.spec.latent_channels
@@ -519,11 +526,11 @@ class WanVae(nnx.Module):
 
   def _normalise(self, mean: Array) -> Array:
     shift, scale = self._statistics()
-    return ((mean - shift) / scale).astype(mean.dtype)
+    return (mean - shift) / scale
 
   def _denormalise(self, latents: Array) -> Array:
     shift, scale = self._statistics()
-    return (latents * scale + shift).astype(latents.dtype)
+    return latents * scale + shift
 
   def _check_pixels(self, pixels: Array, first: bool) -> None:
     sizes = check_shape('pixels', pixels, 'b t h w c', c=_PIXEL_CHANNELS)

@@ -19,7 +19,7 @@ from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, PackCache
 from pf_jax.diffusion import schedule
 from pf_jax.diffusion import solver as solver_lib
-from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.vae import DecoderState
 from pf_jax.rollout import step
 from pf_jax.types import Array, KeyValues
@@ -91,7 +91,7 @@ class RolloutState:
   recent_lr: Array
 
 
-def init(models: Models, batch: int, spec: RolloutSpec) -> RolloutState:
+def init(models: VideoModels, batch: int, spec: RolloutSpec) -> RolloutState:
   """The state before the first block of `batch` videos."""
   video, recent = models.spec.video, spec.cache.recent_blocks
   frames, rows, columns = models.spec.mid_grid
@@ -115,7 +115,7 @@ def block_noise(keys: Array, block: Array, number: int, shape: tuple[int, ...]) 
   return jax.vmap(one)(keys)
 
 
-def denoise_block(models: Models, cache: PackCache, text: KeyValues, keys: Array, *,
+def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: Array, *,
                   spec: RolloutSpec) -> tuple[Array, Array]:
   """Generates the latents of the next block.
 
@@ -147,7 +147,7 @@ def denoise_block(models: Models, cache: PackCache, text: KeyValues, keys: Array
   return x, selected
 
 
-def _decode(models: Models, decoder: DecoderState, latents: Array, first: bool
+def _decode(models: VideoModels, decoder: DecoderState, latents: Array, first: bool
             ) -> tuple[Array, DecoderState]:
   if first:
     return models.vae.decode_first(latents)
@@ -169,7 +169,7 @@ def pack_history(cache: PackCache, selected: Array, spec: CacheSpec):
   return jax.lax.map(pack, (cache.layers, selected))
 
 
-def finish_block(models: Models, state: RolloutState, latents: Array, selected: Array,
+def finish_block(models: VideoModels, state: RolloutState, latents: Array, selected: Array,
                  text: KeyValues, *, first: bool, spec: RolloutSpec
                  ) -> tuple[RolloutState, Array]:
   """Decodes a denoised block, computes its keys/values at both resolutions, and commits them.
@@ -203,7 +203,7 @@ def finish_block(models: Models, state: RolloutState, latents: Array, selected: 
                       recent_lr=_remember(state.recent_lr, lr_latents, slot)), pixels
 
 
-def sample_block(models: Models, state: RolloutState, text: KeyValues, keys: Array, *,
+def sample_block(models: VideoModels, state: RolloutState, text: KeyValues, keys: Array, *,
                  first: bool, spec: RolloutSpec) -> tuple[RolloutState, Array, Array, Array]:
   """One block from noise to cache.
 
@@ -215,7 +215,7 @@ def sample_block(models: Models, state: RolloutState, text: KeyValues, keys: Arr
   return state, pixels, latents, selected
 
 
-def switch_prompt(models: Models, state: RolloutState, text: KeyValues, *, spec: RolloutSpec
+def switch_prompt(models: VideoModels, state: RolloutState, text: KeyValues, *, spec: RolloutSpec
                   ) -> RolloutState:
   """Recomputes the recent blocks' keys/values under a new prompt, oldest first.
 

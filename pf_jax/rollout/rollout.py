@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, RolloutState
 from pf_jax.types import Array, KeyValues
@@ -37,7 +37,7 @@ def to_frames(pixels: Array) -> Array:
   return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
-def rollout(models: Models, text: KeyValues, prompt_index: Array, keys: Array, *,
+def rollout(models: VideoModels, text: KeyValues, prompt_index: Array, keys: Array, *,
             spec: RolloutSpec) -> RolloutOutput:
   """Samples videos from their first block on; wrap it in `jax.jit` (with `spec` static).
 

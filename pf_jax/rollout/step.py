@@ -9,7 +9,7 @@ from pf_jax.cache import CacheSpec, LayerCache, Layout
 from pf_jax.diffusion import schedule
 from pf_jax.diffusion import solver as solver_lib
 from pf_jax.kernels.attention import Segment
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
 from pf_jax.models.transformer import ContextFn
 from pf_jax.types import Array, KeyValues, PyTree
 
@@ -37,9 +37,9 @@ def reuse_history(context: Segment, q: Array) -> tuple[Segment, PyTree]:
   return context, None
 
 
-def denoise_step(models: Models, x_t: Array, sigma, sigma_next, noise: Array, text: KeyValues, *,
-                 slices: PyTree, context_fn: ContextFn, solver: solver_lib.Solver
-                 ) -> tuple[Array, PyTree]:
+def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Array,
+                 text: KeyValues, *, slices: PyTree, context_fn: ContextFn,
+                 solver: solver_lib.Solver) -> tuple[Array, PyTree]:
   """Moves one noisy block from level sigma to sigma_next; reads the history, writes nothing.
 
   Args:
@@ -61,7 +61,7 @@ def denoise_step(models: Models, x_t: Array, sigma, sigma_next, noise: Array, te
   return solver_lib.step(solver, x_t, out.flow, sigma, sigma_next, noise), out.aux
 
 
-def clean_pass(models: Models, latents: Array, compressed: tuple[Array, np.ndarray],
+def clean_pass(models: VideoModels, latents: Array, compressed: tuple[Array, np.ndarray],
                text: KeyValues, *, slices: PyTree, context_fn: ContextFn
                ) -> tuple[KeyValues, KeyValues, PyTree]:
   """Keys/values of a finished block at both resolutions, in one pass at timestep 0.

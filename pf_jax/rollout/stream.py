@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import VideoModels
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, RolloutState
 from pf_jax.rollout.rollout import to_frames
@@ -43,11 +44,15 @@ class Block(NamedTuple):
   state: RolloutState
 
 
-def _finish(models: Models, state: RolloutState, latents: Array, selected: Array, text: KeyValues,
-            *, first: bool, spec: RolloutSpec) -> tuple[RolloutState, Array]:
+def _finish(models: VideoModels, state: RolloutState, latents: Array, selected: Array,
+            text: KeyValues, *, first: bool, spec: RolloutSpec) -> tuple[RolloutState, Array]:
   state, pixels = block_lib.finish_block(models, state, latents, selected, text, first=first,
                                          spec=spec)
   return state, to_frames(pixels)
+
+
+def _text_keys_values(models: VideoModels, rows: Array) -> KeyValues:
+  return models.transformer.text_keys_values(rows)
 
 
 def _abstract(tree: PyTree) -> PyTree:
@@ -58,7 +63,8 @@ class Programs:
   """The compiled programs of a rollout at one batch size.
 
   Args:
-    models: networks; kept and passed to every call.
+    models: networks; kept and passed to every call, and may be replaced by others of the same
+      spec.
     batch: videos that advance in lockstep.
     spec: static choices.
 
@@ -66,14 +72,13 @@ class Programs:
     compile_seconds: wall time spent compiling, per program.
   """
 
-  def __init__(self, models: Models, batch: int, spec: RolloutSpec):
+  def __init__(self, models: VideoModels, batch: int, spec: RolloutSpec):
     self.models, self.batch, self.spec = models, batch, spec
+    text_spec = models.spec.text
     self._init = jax.jit(functools.partial(block_lib.init, batch=batch, spec=spec))
     shapes = jax.eval_shape(self._init, models)
-    rows = models.spec.text.max_tokens
-    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
-    mask = jax.ShapeDtypeStruct((batch, rows), jnp.bool_)
-    text = jax.eval_shape(Models.text_keys_values, models, ids, mask)
+    rows = jax.ShapeDtypeStruct((batch, text_spec.max_tokens, text_spec.width), jnp.float32)
+    text = jax.eval_shape(_text_keys_values, models, rows)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     denoise = functools.partial(block_lib.denoise_block, spec=spec)
     latents, selected = jax.eval_shape(denoise, models, shapes.cache, text, keys)
@@ -82,7 +87,7 @@ class Programs:
     abstract = _abstract(models)
     block = (abstract, shapes, latents, selected, text)
     self.compile_seconds: dict[str, float] = {}
-    self._text = self._compile('text', Models.text_keys_values, (abstract, ids, mask))
+    self._text = self._compile('text', _text_keys_values, (abstract, rows))
     self._start = self._compile('init', self._init, (abstract,))
     self._denoise = self._compile('denoise', denoise, (abstract, shapes.cache, text, keys))
     self._first = self._compile('first', functools.partial(finish, first=True), block, donate=1)
@@ -102,9 +107,9 @@ class Programs:
     plans = [p.memory_analysis() for p in (self._denoise, self._first, self._steady, self._switch)]
     return max((plan.temp_size_in_bytes for plan in plans if plan), default=0)
 
-  def encode_text(self, ids: Array, mask: Array) -> KeyValues:
-    """Cross-attention keys/values [L, B, rows, N, H] of token ids [B, rows]."""
-    return self._text(self.models, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.bool_))
+  def text_keys_values(self, rows: Array | np.ndarray) -> KeyValues:
+    """Cross-attention keys/values [L, B, rows, N, H] of text rows, see `PromptEncoder`."""
+    return self._text(self.models, jnp.asarray(rows, jnp.float32))
 
   def start(self) -> RolloutState:
     """The state before the first block."""

@@ -100,8 +100,8 @@ def estimate(pipeline: Pipeline, programs: Programs, blocks: int) -> Estimate:
     blocks: how many will be sampled.
   """
   batch, cache = programs.batch, pipeline.spec.cache
-  ids = jnp.zeros((batch, pipeline.tokenizer.max_tokens), jnp.int32)
-  text = programs.encode_text(ids, ids == 0)
+  spec = pipeline.models.spec.text
+  text = programs.text_keys_values(jnp.zeros((batch, spec.max_tokens, spec.width)))
   keys = jax.random.split(jax.random.key(0), batch)
   state = programs.start()
   state_bytes = tree_bytes(state)

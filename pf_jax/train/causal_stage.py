@@ -19,6 +19,7 @@ import numpy as np
 from pf_jax.data import digits, latents, source
 from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
@@ -224,10 +225,10 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
     models = objective.assemble(params)
     save(stage, models, step, workdir)
     if not programs:
-      programs.append(Programs(models, len(prompts), spec))
-    programs[0].models = models
-    tokens = tokenizer(prompts)
-    text = programs[0].encode_text(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+      programs.append(Programs(models.without_text(), len(prompts), spec))
+    programs[0].models = models.without_text()
+    encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+    text = programs[0].text_keys_values(encode(prompts))
     keys = jax.random.split(jax.random.key(_EVAL_SEED), len(prompts))
     frames = [np.asarray(block.frames) for block in
               stream(programs[0], [text], [0] * stage.eval_blocks, keys)]

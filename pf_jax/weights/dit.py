@@ -3,14 +3,32 @@
 Self-Forcing's checkpoints hold the same tensors under a prefix.
 """
 
-from collections.abc import Mapping
+from pf_jax.models.transformer import TransformerSpec
+from pf_jax.weights.rules import Rule, linear, rename, without_batch
 
-import jax
-import numpy as np
-from flax import nnx
+# Wan2.1's names -> diffusers'. Wan's norm3, the affine one before cross-attention, is norm2 there.
+_DIFFUSERS = (
+    (r'^text_embedding\.0', 'condition_embedder.text_embedder.linear_1'),
+    (r'^text_embedding\.2', 'condition_embedder.text_embedder.linear_2'),
+    (r'^time_embedding\.0', 'condition_embedder.time_embedder.linear_1'),
+    (r'^time_embedding\.2', 'condition_embedder.time_embedder.linear_2'),
+    (r'^time_projection\.1', 'condition_embedder.time_proj'),
+    (r'^head\.modulation', 'scale_shift_table'),
+    (r'^head\.head', 'proj_out'),
+    (r'\.modulation$', '.scale_shift_table'),
+    (r'\.(self|cross)_attn\.([qkv])\.', r'.\1_attn.to_\2.'),
+    (r'\.(self|cross)_attn\.o\.', r'.\1_attn.to_out.0.'),
+    (r'\.self_attn\.', '.attn1.'),
+    (r'\.cross_attn\.', '.attn2.'),
+    (r'\.norm3\.', '.norm2.'),
+    (r'\.ffn\.0\.', '.ffn.net.0.proj.'),
+    (r'\.ffn\.2\.', '.ffn.net.2.'),
+)
 
-from pf_jax.models.transformer import CausalTransformer, TransformerSpec
-from pf_jax.weights.rules import Rule, linear, read_module, without_batch, write_module
+
+def diffusers_name(name: str) -> str:
+  """A tensor's name in diffusers' `WanTransformer3DModel`."""
+  return rename(name, _DIFFUSERS)
 
 
 def rules(spec: TransformerSpec) -> dict[str, Rule]:
@@ -45,26 +63,3 @@ def _patch_kernel(spec: TransformerSpec) -> Rule:
   return Rule('patch_embedding.weight',
               lambda kernel: kernel.transpose(2, 3, 4, 1, 0).reshape(-1, spec.width),
               lambda kernel: kernel.reshape(sizes).transpose(4, 3, 0, 1, 2))
-
-
-def dit_from_wan(tensors: Mapping[str, np.ndarray], spec: TransformerSpec) -> CausalTransformer:
-  """Builds a transformer from a checkpoint's tensors.
-
-  Args:
-    tensors: the flat dict, under Wan2.1's original names.
-    spec: sizes; they must be the checkpoint's.
-
-  Returns:
-    The transformer.
-
-  Raises:
-    ValueError: tensors are missing, left over or of another shape.
-  """
-  shapes = jax.eval_shape(lambda: CausalTransformer(spec, rngs=nnx.Rngs(0)))
-  return read_module(tensors, shapes, rules(spec), spec.num_layers)
-
-
-def dit_to_wan(transformer: CausalTransformer) -> dict[str, np.ndarray]:
-  """The inverse of `dit_from_wan`: every parameter under its original name."""
-  spec = transformer.spec
-  return write_module(transformer, rules(spec), spec.num_layers)

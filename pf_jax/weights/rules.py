@@ -1,14 +1,13 @@
-"""Released tensors <-> our parameters, by one table of rules per network.
+"""The vocabulary of the tables that tie released tensors to our parameters.
 
 A rule names the tensor behind a parameter and says how to turn one into the other. Parameters
-under `layers.` are stacked along a leading L: each is made of L tensors.
+under `layers.` are stacked along a leading L: each is made of L tensors, and a rule converts one.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -31,9 +30,10 @@ class Rule(NamedTuple):
   read: Convert = _same
   write: Convert = _same
 
-  def names(self, num_layers: int) -> list[str]:
-    """The tensors of all layers, or the single one."""
-    return [self.name.format(i) for i in range(num_layers)] if '{}' in self.name else [self.name]
+  @property
+  def stacked(self) -> bool:
+    """Whether the parameter is made of one tensor a layer."""
+    return '{}' in self.name
 
 
 def transposed(name: str) -> Rule:
@@ -51,51 +51,11 @@ def linear(path: str, name: str) -> dict[str, Rule]:
   return {f'{path}.kernel': transposed(f'{name}.weight'), f'{path}.bias': Rule(f'{name}.bias')}
 
 
-def read_module(tensors: Mapping[str, np.ndarray], shapes: Any, rules: Mapping[str, Rule],
-                num_layers: int) -> Any:
-  """Fills a module with released tensors.
-
-  Args:
-    tensors: flat dict under the released names; every one must be used.
-    shapes: the module with `jax.ShapeDtypeStruct` leaves (from `jax.eval_shape`).
-    rules: dotted parameter path -> rule.
-    num_layers: L.
-
-  Returns:
-    The module with arrays in place of shapes.
-
-  Raises:
-    ValueError: tensors are missing, left over, or of another shape.
-  """
-  wanted = {name for rule in rules.values() for name in rule.names(num_layers)}
-  hint = f'is {num_layers=} the checkpoint\'s, and are these the original names?'
-  if missing := sorted(wanted - set(tensors)):
-    raise ValueError(f'{len(missing)} tensors are missing, first {missing[0]!r}; {hint}')
-  if extra := sorted(set(tensors) - wanted):
-    raise ValueError(f'{len(extra)} tensors belong to no parameter, first {extra[0]!r}; {hint}')
-
-  def fill(path, leaf):
-    rule = rules[dotted(path)]
-    sources = [np.asarray(tensors[name]) for name in rule.names(num_layers)]
-    array = np.stack([rule.read(source) for source in sources])
-    array = array if '{}' in rule.name else array[0]
-    if array.shape != leaf.shape:
-      raise ValueError(f'{rule.names(num_layers)[0]} of shape {sources[0].shape} makes '
-                       f'{dotted(path)} {array.shape}, wanted {leaf.shape}; check the spec.')
-    return jnp.asarray(array, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-def write_module(module: Any, rules: Mapping[str, Rule], num_layers: int) -> dict[str, np.ndarray]:
-  """The inverse of `read_module`: every parameter under its released name and in its layout."""
-  tensors: dict[str, np.ndarray] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(module):
-    rule, array = rules[dotted(path)], np.asarray(leaf)
-    parts = array if '{}' in rule.name else array[None]
-    names = rule.names(num_layers)
-    tensors |= {name: rule.write(part) for name, part in zip(names, parts, strict=True)}
-  return tensors
+def rename(name: str, table: Sequence[tuple[str, str]]) -> str:
+  """Applies every (pattern, replacement) of a table to a name, in order."""
+  for pattern, replacement in table:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def dotted(path: tuple[Any, ...]) -> str:

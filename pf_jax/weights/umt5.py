@@ -1,14 +1,6 @@
 """Wan2.1's text checkpoint (`models_t5_umt5-xxl-enc-bf16.pth`) <-> `UMT5Encoder`."""
 
-from collections.abc import Mapping
-
-import jax
-import numpy as np
-from flax import nnx
-
-from pf_jax.models.text import TextSpec, UMT5Encoder
-from pf_jax.types import DTypes
-from pf_jax.weights.rules import Rule, read_module, transposed, write_module
+from pf_jax.weights.rules import Rule, rename, transposed
 
 RULES = {
     'token_embedding': Rule('token_embedding.weight'),
@@ -25,26 +17,22 @@ RULES = {
     'norm.scale': Rule('norm.weight'),
 }
 
-
-def umt5_from_wan(tensors: Mapping[str, np.ndarray], spec: TextSpec, *,
-                  dtypes: DTypes | None = None) -> UMT5Encoder:
-  """Builds an encoder from a checkpoint's tensors.
-
-  Args:
-    tensors: the flat dict, under Wan2.1's original names.
-    spec: sizes; they must be the checkpoint's.
-    dtypes: how to store and compute.
-
-  Returns:
-    The encoder.
-
-  Raises:
-    ValueError: tensors are missing, left over or of another shape.
-  """
-  shapes = jax.eval_shape(lambda: UMT5Encoder(spec, rngs=nnx.Rngs(0), dtypes=dtypes))
-  return read_module(tensors, shapes, RULES, spec.num_layers)
+_ATTENTION, _FEED_FORWARD = 'layer.0.SelfAttention', 'layer.1.DenseReluDense'
+# Wan2.1's names -> transformers'.
+_TRANSFORMERS = (
+    (r'^token_embedding\.', 'shared.'),
+    (r'^norm\.', 'encoder.final_layer_norm.'),
+    (r'^blocks\.', 'encoder.block.'),
+    (r'\.norm1\.', '.layer.0.layer_norm.'),
+    (r'\.norm2\.', '.layer.1.layer_norm.'),
+    (r'\.attn\.', f'.{_ATTENTION}.'),
+    (r'\.pos_embedding\.embedding\.', f'.{_ATTENTION}.relative_attention_bias.'),
+    (r'\.ffn\.gate\.0\.', f'.{_FEED_FORWARD}.wi_0.'),
+    (r'\.ffn\.fc1\.', f'.{_FEED_FORWARD}.wi_1.'),
+    (r'\.ffn\.fc2\.', f'.{_FEED_FORWARD}.wo.'),
+)
 
 
-def umt5_to_wan(encoder: UMT5Encoder) -> dict[str, np.ndarray]:
-  """The inverse of `umt5_from_wan`: every parameter under its original name."""
-  return write_module(encoder, RULES, encoder.spec.num_layers)
+def transformers_name(name: str) -> str:
+  """A tensor's name in transformers' `UMT5EncoderModel`."""
+  return rename(name, _TRANSFORMERS)

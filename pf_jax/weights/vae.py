@@ -1,13 +1,11 @@
 """Wan2.1's VAE checkpoint (`Wan2.1_VAE.pth`) <-> `WanVae`."""
 
-from collections.abc import Mapping
+import re
 
-import jax
 import numpy as np
-from flax import nnx
 
-from pf_jax.models.vae import VaeSpec, WanVae
-from pf_jax.weights.rules import Rule, dotted
+from pf_jax.models.vae import VaeSpec
+from pf_jax.weights.rules import Rule, rename
 
 # Ours -> Wan2.1's, part by part; the flat lists of layers keep their numbers.
 _PARTS = {
@@ -16,6 +14,24 @@ _PARTS = {
     'middle.res2': 'middle.2', 'norm_out': 'head.0', 'conv_out': 'head.2'}
 _RES_BLOCK = {'norm1': 'residual.0', 'conv1': 'residual.2', 'norm2': 'residual.3',
               'conv2': 'residual.6'}
+
+# Wan2.1's names -> diffusers', after `diffusers_name` has grouped the decoder's layers.
+_DIFFUSERS = (
+    (r'^conv1\.', 'quant_conv.'),
+    (r'^conv2\.', 'post_quant_conv.'),
+    (r'coder\.conv1\.', 'coder.conv_in.'),
+    (r'\.head\.0\.', '.norm_out.'),
+    (r'\.head\.2\.', '.conv_out.'),
+    (r'\.middle\.1\.', '.mid_block.attentions.0.'),
+    (r'\.middle\.0\.', '.mid_block.resnets.0.'),
+    (r'\.middle\.2\.', '.mid_block.resnets.1.'),
+    (r'\.downsamples\.', '.down_blocks.'),
+    (r'\.residual\.0\.', '.norm1.'),
+    (r'\.residual\.2\.', '.conv1.'),
+    (r'\.residual\.3\.', '.norm2.'),
+    (r'\.residual\.6\.', '.conv2.'),
+    (r'\.shortcut\.', '.conv_shortcut.'),
+)
 
 
 def _kernel(name: str) -> Rule:
@@ -56,45 +72,14 @@ def rule_of(path: str) -> Rule:
   return Rule(f'{name}.bias')
 
 
-def vae_from_wan(tensors: Mapping[str, np.ndarray], spec: VaeSpec) -> WanVae:
-  """Builds a VAE from a checkpoint's tensors.
+def diffusers_name(name: str, spec: VaeSpec) -> str:
+  """A tensor's name in diffusers' `AutoencoderKLWan`.
 
-  Args:
-    tensors: the flat dict, under Wan2.1's original names.
-    spec: sizes; they must be the checkpoint's.
-
-  Returns:
-    The VAE.
-
-  Raises:
-    ValueError: tensors are missing, left over or of another shape.
+  The encoder's layers are one flat list there as well; the decoder's are grouped by resolution,
+  each group `num_res_blocks + 1` residual blocks and, but for the last, an upsampler.
   """
-  shapes = jax.eval_shape(lambda: WanVae(spec, rngs=nnx.Rngs(0)))
-  left = set(tensors)
-
-  def fill(path, leaf):
-    rule = rule_of(dotted(path))
-    if rule.name not in tensors:
-      raise ValueError(f'{rule.name!r} is missing; is the spec the checkpoint\'s, and are these '
-                       'the original names?')
-    left.discard(rule.name)
-    array = rule.read(np.asarray(tensors[rule.name]))
-    if array.shape != leaf.shape:
-      raise ValueError(f'{rule.name} makes {dotted(path)} {array.shape}, wanted {leaf.shape}; '
-                       'check the spec.')
-    return jax.numpy.asarray(array, leaf.dtype)
-
-  vae = jax.tree_util.tree_map_with_path(fill, shapes)
-  if left:
-    raise ValueError(f'{len(left)} tensors belong to no parameter, first {min(left)!r}; is the '
-                     'spec the checkpoint\'s?')
-  return vae
-
-
-def vae_to_wan(vae: WanVae) -> dict[str, np.ndarray]:
-  """The inverse of `vae_from_wan`: every parameter under its original name and layout."""
-  tensors = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(vae):
-    rule = rule_of(dotted(path))
-    tensors[rule.name] = rule.write(np.asarray(leaf))
-  return tensors
+  if match := re.match(r'decoder\.upsamples\.(\d+)\.', name):
+    group, layer = divmod(int(match[1]), spec.num_res_blocks + 2)
+    part = 'upsamplers.0' if layer > spec.num_res_blocks else f'resnets.{layer}'
+    name = f'decoder.up_blocks.{group}.{part}.{name[match.end():]}'
+  return rename(name, _DIFFUSERS)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from pf_jax.data import digits
 from pf_jax.models import bundle, compressor, text, transformer, vae
+from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.pipeline import PACKAGED, Pipeline
 from pf_jax.types import VideoSpec
@@ -52,7 +53,9 @@ def models() -> bundle.Models:
 
 def pipeline() -> Pipeline:
   tokenizer = Tokenizer.from_file(PACKAGED / 'tokenizer.json', max_tokens=16)
-  return Pipeline(models(), tokenizer, choices=CHOICES)
+  made = models()
+  prompts = PromptEncoder(tokenizer, made.spec.text, lambda: made.text)
+  return Pipeline(made.without_text(), prompts, choices=CHOICES)
 
 
 def once(function, *arguments):

@@ -87,8 +87,8 @@ def test_every_policy_samples_a_block(pipeline):
   assert policies.keys() == history.keys()
   for name, overrides in policies.items():
     made = rollouts.variant(pipeline, Run(name, 0, 3, (3,), cache=overrides))
-    ids = np.ones((2, 16), np.int32)
-    text = jax.eval_shape(lambda m, i: m.text_keys_values(i, i > 0), made.models, ids)
+    rows = np.ones((2, 16, made.models.spec.text.width), np.float32)
+    text = jax.eval_shape(lambda m, r: m.transformer.text_keys_values(r), made.models, rows)
     state = jax.eval_shape(lambda m, spec=made.spec: block_lib.init(m, 2, spec), made.models)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
     _, pixels, _, selected = jax.eval_shape(

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from pf_jax.weights.dit import dit_from_wan, dit_to_wan
+from pf_jax.weights.networks import from_released, to_released
 from tests.models.cached import GATE, SPEC, cache_spec, cached_flows, load, relative_error
 
 
 @functools.cache
 def transformer():
   prefix = 'weights/'
-  return dit_from_wan({key.removeprefix(prefix): array for key, array in load('dit').items()
+  return from_released({key.removeprefix(prefix): array for key, array in load('dit').items()
                        if key.startswith(prefix)}, SPEC)
 
 
@@ -57,7 +57,7 @@ def test_sink_mid_and_recent_through_the_cache(chosen):
 
 def test_weights_round_trip_through_the_original_names():
   tensors = {key: array for key, array in load('dit').items() if key.startswith('weights/')}
-  again = dit_to_wan(transformer())
+  again = to_released(transformer())
   assert {f'weights/{name}' for name in again} == set(tensors)
   for name, array in again.items():
     np.testing.assert_array_equal(array, tensors[f'weights/{name}'], err_msg=name)

@@ -3,6 +3,7 @@
 The gate is shown to bite: each plausible mistake is made on purpose and must fail it clearly.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ import torch
 
 from pf_jax.models import text
 from pf_jax.types import DTypes
-from pf_jax.weights.umt5 import umt5_from_wan, umt5_to_wan
+from pf_jax.weights.networks import from_released, to_released
 from tests.parity import oracles
 
 GATE = 2e-5  # max|d| / max|ref|, float32
@@ -28,7 +29,7 @@ def _case():
   ids = np.random.default_rng(0).integers(4, 97, (2, 200)).astype(np.int32)
   mask = np.arange(200) < np.array([[200], [61]])
   ids = np.where(mask, ids, 0)
-  encoder = umt5_from_wan(oracles.wan_tensors(model), SPEC)
+  encoder = from_released(oracles.wan_tensors(model), SPEC)
   return model, encoder, ids, mask, oracles.umt5_oracle(model, ids, mask)
 
 
@@ -44,8 +45,8 @@ def test_encoder_matches_transformers():
 
 def test_bfloat16_stays_close():
   model, _, ids, mask, wanted = _case()
-  encoder = umt5_from_wan(oracles.wan_tensors(model), SPEC,
-                          dtypes=DTypes(params='bfloat16', compute='bfloat16'))
+  encoder = from_released(oracles.wan_tensors(model), dataclasses.replace(
+      SPEC, dtypes=DTypes(params='bfloat16', compute='bfloat16')))
   assert oracles.angular_error(_encode(encoder, ids, mask), wanted) <= BF16_GATE
 
 
@@ -58,7 +59,7 @@ def test_prompt_alone_gives_the_same_rows_as_padded():
 def test_weights_round_trip_through_the_original_names():
   model, encoder, *_ = _case()
   tensors = oracles.wan_tensors(model)
-  ours = umt5_to_wan(encoder)
+  ours = to_released(encoder)
   assert set(ours) == set(tensors)
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
@@ -103,7 +104,7 @@ def _swapped_gate(encoder, monkeypatch):
                                     _exact_gelu, _swapped_gate])
 def test_gate_fails_mutated_encoder(mutate, monkeypatch):
   model, _, ids, mask, wanted = _case()
-  encoder = umt5_from_wan(oracles.wan_tensors(model), SPEC)
+  encoder = from_released(oracles.wan_tensors(model), SPEC)
   mutate(encoder, monkeypatch)
   assert oracles.relative_error(_encode(encoder, ids, mask), wanted) > 10 * GATE
 

@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from pf_jax.kernels import rope
 from pf_jax.models import transformer as transformer_lib
 from pf_jax.types import DTypes
-from pf_jax.weights.dit import dit_from_wan
+from pf_jax.weights.networks import from_released
 from tests.models.cached import GATE, SPEC, cache_spec, cached_flows
 from tests.parity import oracles, write_goldens
 
@@ -30,7 +30,7 @@ def _oracle():
 
 
 def _model(tensors=None):
-  return dit_from_wan(tensors or oracles.wan_tensors(_oracle()), SPEC)
+  return from_released(tensors or oracles.wan_tensors(_oracle()), SPEC)
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def test_bidirectional_pass_matches_diffusers():
 
 def test_bfloat16_stays_close():
   spec = dataclasses.replace(SPEC, dtypes=DTypes('bfloat16', 'bfloat16', 'bfloat16'))
-  model = dit_from_wan(oracles.wan_tensors(_oracle()), spec)
+  model = from_released(oracles.wan_tensors(_oracle()), spec)
   assert model.layers.self_attn.q.kernel.dtype == jnp.bfloat16
   assert oracles.angular_error(_flow(model, **_case()), _wanted()) <= BF16_GATE
 
@@ -214,7 +214,7 @@ def test_gate_fails_queries_normed_per_head(monkeypatch):
 def test_three_layers_and_both_sinusoids(float64_sinusoid, gate):
   """diffusers' float32 sinusoid, and the float64 one that Wan2.1 has: the tighter gate."""
   oracle = oracles.tiny_wan_transformer(seed=14, num_layers=3, float64_sinusoid=float64_sinusoid)
-  model = dit_from_wan(oracles.wan_tensors(oracle), dataclasses.replace(SPEC, num_layers=3))
+  model = from_released(oracles.wan_tensors(oracle), dataclasses.replace(SPEC, num_layers=3))
   wanted = oracles.wan_oracle(oracle, **_case())
   assert oracles.relative_error(_flow(model, **_case()), wanted) <= gate
 

@@ -4,6 +4,7 @@
 latent frame all take part. Each plausible mistake is made on purpose and must fail the gate.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -15,7 +16,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from pf_jax.models import vae as vae_lib
-from pf_jax.weights.vae import vae_from_wan, vae_to_wan
+from pf_jax.types import DTypes
+from pf_jax.weights.networks import from_released, to_released
 from tests.parity import vae_oracle
 from tests.parity.oracles import angular_error, relative_error
 
@@ -35,7 +37,7 @@ def _case():
   latents = rng.standard_normal((2, 5, 5, 7, 4)).astype(np.float32)
   decoded = vae_oracle.decode(model, latents)
   assert np.mean(np.abs(decoded) < 1) > 0.9
-  return (model, vae_from_wan(vae_oracle.vae_tensors(model), SPEC), pixels, latents,
+  return (model, from_released(vae_oracle.vae_tensors(model), SPEC), pixels, latents,
           vae_oracle.encode(model, pixels), decoded)
 
 
@@ -92,9 +94,13 @@ def test_streamed_pixels_match_diffusers():
 
 
 def test_bfloat16_stays_close():
-  _, vae, pixels, latents, (mean, _), wanted = _case()
-  assert angular_error(_encode(vae, jnp.bfloat16(pixels))[0], mean) <= BF16_GATE
-  assert angular_error(_decode(vae, jnp.bfloat16(latents)), wanted) <= BF16_GATE
+  model, _, pixels, latents, (mean, _), wanted = _case()
+  vae = from_released(vae_oracle.vae_tensors(model), dataclasses.replace(
+      SPEC, dtypes=DTypes('bfloat16', 'bfloat16')))
+  assert vae.decoder.conv_in.kernel.dtype == jnp.bfloat16
+  assert vae.init_decoder_state(1, 5, 7).slots[0].dtype == jnp.bfloat16
+  assert angular_error(_encode(vae, pixels)[0], mean) <= BF16_GATE
+  assert angular_error(_decode(vae, latents), wanted) <= BF16_GATE
 
 
 def test_library_reads_our_names_the_same_way():
@@ -110,7 +116,7 @@ def test_library_reads_our_names_the_same_way():
 
 def test_weights_round_trip_through_the_original_names():
   model, vae, *_ = _case()
-  tensors, ours = vae_oracle.vae_tensors(model), vae_to_wan(vae)
+  tensors, ours = vae_oracle.vae_tensors(model), to_released(vae)
   assert set(ours) == set(tensors)
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(ours[name], tensor, err_msg=name)

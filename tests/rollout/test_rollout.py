@@ -27,7 +27,7 @@ def world():
                                           mid_capacity=3), SamplerSpec(steps=(1000.0, 500.0)))
   programs = Programs(models, BATCH, spec)
   ids = np.array([[3, 4, 5, 1, 0, 0], [7, 8, 1, 0, 0, 0]])
-  text = [programs.encode_text(ids, ids > 0), programs.encode_text(ids + 20, ids > 0)]
+  text = [programs.text_keys_values(models.text(i, ids > 0)) for i in (ids, ids + 20)]
   keys = jax.random.split(jax.random.key(5), BATCH)
   blocks = [jax.tree.map(np.asarray, block._replace(state=None))
             for block in stream(programs, text, PROMPTS, keys)]
@@ -72,12 +72,12 @@ def test_replay_continues_bit_for_bit(world):
 
 def test_videos_of_a_batch_do_not_touch_each_other(world):
   """Another prompt and seed for the second video leaves the first one's latents alone."""
-  _, _, programs, _, keys, _ = world
+  models, _, programs, _, keys, _ = world
   ids = np.array([[3, 4, 5, 1, 0, 0], [7, 8, 1, 0, 0, 0]])
   other = np.array([[3, 4, 5, 1, 0, 0], [50, 60, 70, 1, 0, 0]])
   runs = []
   for tokens, seeds in ((ids, keys), (other, keys.at[1].set(jax.random.key(77)))):
-    text = [programs.encode_text(tokens, tokens > 0)]
+    text = [programs.text_keys_values(models.text(tokens, tokens > 0))]
     runs.append([np.asarray(b.latents) for b in stream(programs, text, [0] * 6, seeds)])
   for one, two in zip(*runs, strict=True):
     np.testing.assert_array_equal(one[0], two[0])
