@@ -22,10 +22,12 @@ def _decode() -> int:
   from pf_jax import outputs
   from pf_jax.sampling import decode
   from pf_jax.sampling.plan import SampleError
+  from pf_jax.sampling.source import ModelSource
 
   args = flags.FLAGS
+  source = ModelSource(args.checkpoint) if args.checkpoint else None
   try:
-    videos = decode.decode(args.latents, args.output, checkpoint=args.checkpoint,
+    videos = decode.decode(args.latents, args.output, source=source,
                            overwrite=args.overwrite)
   except (SampleError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:
     print(f'error: {error}', file=sys.stderr)

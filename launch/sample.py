@@ -5,10 +5,16 @@
 
 A prompt may change on the way: --prompt="a white three ... | 40: a white seven ..." (at block 40).
 Ctrl-C, SIGTERM and even SIGKILL leave what is finished playable; the same command with --resume
-continues bit for bit.
+continues bit for bit. --dry_run says what memory a run takes and makes nothing.
+
+Released weights (Wan2.1, Self-Forcing) are sampled with the configs of configs/wan:
+
+  python -m launch.sample --config=configs/wan/t2v_1_3b.py:frames=3 --weights=Wan2.1-T2V-1.3B \\
+    --transformer=self_forcing_dmd.pt --prompt="..." --seconds=120 --output=runs/wan
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -23,9 +29,39 @@ flags.DEFINE_integer('seed', 0, 'Of the first video; the next ones count up from
 flags.DEFINE_string('output', None, 'Directory of all files.')
 flags.DEFINE_string(
     'checkpoint', None, 'A model directory or a training workdir; default: the packaged model.')
+flags.DEFINE_string('weights', None, 'A directory of released or converted weights.')
+flags.DEFINE_string('transformer', None, 'Another transformer checkpoint, beside --weights.')
+flags.DEFINE_string('entry', None, 'Which entry of --transformer, if it holds several.')
+flags.DEFINE_string('compressor', None, 'A trained compressor, beside --weights.')
 flags.DEFINE_bool('overwrite', False, 'Replace files of the same names.')
 flags.DEFINE_bool('resume', False, 'Continue a run that was cut short.')
 flags.DEFINE_bool('save_latents', False, 'Keep latents for launch.decode.')
+flags.DEFINE_bool('dry_run', False, 'Print the memory plan and stop.')
+flags.DEFINE_float('memory_gb', None, 'With --dry_run: memory to fit into; default: this device.')
+
+_BESIDE_WEIGHTS = ('transformer', 'entry', 'compressor')
+
+
+def _check_flags(args: Any) -> None:
+  if (args.prompt is None) == (args.prompts is None):
+    raise ConfigError('give either --prompt="..." or --prompts=FILE.')
+  if args.output is None and not args.dry_run:
+    raise ConfigError('--output=... is missing; see --help.')
+  if args.overwrite and args.resume:
+    raise ConfigError('--resume continues a run and --overwrite starts again; give one of them.')
+  has_model = 'model' in args.config
+  if args.checkpoint is not None and (args.weights is not None or has_model):
+    raise ConfigError('--checkpoint brings its own sizes; leave out --weights, and use a config '
+                      'without a section model, such as configs/digits/sample.py.')
+  if has_model and args.weights is None and not args.dry_run:
+    raise ConfigError('this config has a section model, the sizes of released weights; say where '
+                      'they are with --weights=DIR.')
+  if args.weights is not None and not has_model:
+    raise ConfigError('--weights needs a config that says the sizes in a section model, such as '
+                      'configs/wan/t2v_1_3b.py.')
+  for name in _BESIDE_WEIGHTS:
+    if getattr(args, name) is not None and args.weights is None:
+      raise ConfigError(f'--{name} goes beside --weights=DIR.')
 
 
 def _sample() -> int:
@@ -33,27 +69,40 @@ def _sample() -> int:
   from pf_jax.sampling.config import SampleSpec
 
   args = flags.FLAGS
-  if (args.prompt is None) == (args.prompts is None):
-    raise ConfigError('give either --prompt="..." or --prompts=FILE.')
-  if args.overwrite and args.resume:
-    raise ConfigError('--resume continues a run and --overwrite starts again; give one of them.')
+  _check_flags(args)
   try:
     prompts = ((args.prompt,) if args.prompts is None
                else request_lib.read_prompts(args.prompts))
     request = request_lib.Request(prompts, args.seconds, args.seed)
   except request_lib.RequestError as error:
     raise ConfigError(str(error)) from error
-  spec = build(SampleSpec, args.config, 'config')
+  spec = build(SampleSpec, {name: args.config[name] for name in args.config if name != 'model'},
+               'config')
+  return _run(request, spec, args)
 
+
+def _run(request: Any, spec: Any, args: Any) -> int:
   from pf_jax import outputs
-  from pf_jax.sampling import job
+  from pf_jax.models.bundle import ModelSpec
+  from pf_jax.released import ReleasedWeights
+  from pf_jax.sampling import budget, dry_run, job
   from pf_jax.sampling.plan import SampleError
+  from pf_jax.sampling.source import ModelSource
 
+  model = build(ModelSpec, args.config.model, 'config.model') if 'model' in args.config else None
+  weights = None
+  if args.weights is not None and model is not None:
+    weights = ReleasedWeights(args.weights, model, args.transformer, args.entry, args.compressor)
+  source = ModelSource(args.checkpoint, weights)
   try:
-    result = job.run(request, spec, args.output, checkpoint=args.checkpoint,
-                     overwrite=args.overwrite, resume=args.resume,
-                     save_latents=args.save_latents)
-  except (SampleError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:
+    if args.dry_run:
+      dry_run.dry_run(request, spec, source, model=model,
+                      memory=int(args.memory_gb * 1e9) if args.memory_gb else None)
+      return 0
+    result = job.run(request, spec, args.output, source=source, overwrite=args.overwrite,
+                     resume=args.resume, save_latents=args.save_latents)
+  except (SampleError, budget.DoesNotFit, outputs.NotWritable, outputs.DirectoryInUse,
+          OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
@@ -63,4 +112,4 @@ def _sample() -> int:
 
 
 if __name__ == '__main__':
-  config_flags.run(_sample, required=('config', 'output'))
+  config_flags.run(_sample, required=('config',))

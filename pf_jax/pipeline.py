@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pf_jax.cache import CacheSpec
-from pf_jax.models.bundle import VideoModels
+from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.progress import Progress
@@ -100,14 +100,8 @@ class Pipeline:
     Raises:
       ValueError: unknown or contradicting choices.
     """
-    given = {name: dict((choices or {}).get(name, {})) for name in ('cache', 'sampler')}
-    _check_names('cache', given['cache'], cache_choices())
-    _check_names('sampler', given['sampler'], [f.name for f in dataclasses.fields(SamplerSpec)])
-    if 'steps' in given['sampler']:
-      given['sampler']['steps'] = tuple(given['sampler']['steps'])
     self.models, self.prompts, self.directory = models, prompts, directory
-    self.spec = RolloutSpec(cache_spec(models.spec, **given['cache']),
-                            SamplerSpec(**given['sampler']))
+    self.spec = rollout_spec(models.spec, choices)
     self.choices = {'cache': {n: getattr(self.spec.cache, n) for n in cache_choices()},
                     'sampler': dataclasses.asdict(self.spec.sampler)}
     self._programs: dict[int, Programs] = {}
@@ -191,6 +185,24 @@ class Pipeline:
     return Video(np.concatenate(frames), self.video.fps, prompt, seed, np.concatenate(latents))
 
 
+def rollout_spec(model: ModelSpec, choices: Choices | None = None) -> RolloutSpec:
+  """The static choices of a rollout.
+
+  Args:
+    model: gives the sizes.
+    choices: {'cache': fields of `CacheSpec`, 'sampler': fields of `SamplerSpec`}.
+
+  Raises:
+    ValueError: unknown or contradicting choices.
+  """
+  given = {name: dict((choices or {}).get(name, {})) for name in ('cache', 'sampler')}
+  _check_names('cache', given['cache'], cache_choices())
+  _check_names('sampler', given['sampler'], [f.name for f in dataclasses.fields(SamplerSpec)])
+  if 'steps' in given['sampler']:
+    given['sampler']['steps'] = tuple(given['sampler']['steps'])
+  return RolloutSpec(cache_spec(model, **given['cache']), SamplerSpec(**given['sampler']))
+
+
 def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any] | None = None,
          sampler: Mapping[str, Any] | None = None) -> Pipeline:
   """Loads a model for sampling.
@@ -206,9 +218,7 @@ def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any
   """
   directory = find_model(checkpoint)
   models, choices, _, _ = package.load_model(directory)
-  own = directory / package.TOKENIZER_FILE
-  tokenizer = Tokenizer.from_file(own if own.exists() else PACKAGED / package.TOKENIZER_FILE,
-                                  max_tokens=models.spec.text.max_tokens)
+  tokenizer = Tokenizer.from_file(find_tokenizer(directory), max_tokens=models.spec.text.max_tokens)
   prompts = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
   return Pipeline(models.without_text(), prompts, directory=directory, choices={
       'cache': {**choices.get('cache', {}), **(cache or {})},
@@ -231,6 +241,12 @@ def find_model(checkpoint: str | os.PathLike | None) -> pathlib.Path:
   raise package.PackageError(
       f'checkpoint {str(root)!r} {reason}; wanted a directory with {package.SPEC_FILE} and '
       f'{package.WEIGHTS_FILE}, or a training workdir with such a directory "{MODEL_FOLDER}".')
+
+
+def find_tokenizer(directory: pathlib.Path) -> pathlib.Path:
+  """A model's own tokenizer.json, or the packaged one."""
+  own = directory / package.TOKENIZER_FILE
+  return own if own.exists() else PACKAGED / package.TOKENIZER_FILE
 
 
 def cache_choices() -> tuple[str, ...]:

@@ -24,20 +24,20 @@ from pf_jax.sampling.plan import (
   SampleError,
   Say,
   check_same,
-  load_pipeline,
   read_run,
 )
+from pf_jax.sampling.source import ModelSource
 
 
 def decode(latents: str | os.PathLike, output: str | os.PathLike, *,
-           checkpoint: str | os.PathLike | None = None, overwrite: bool = False,
-           say: Say = say_at_once) -> tuple[pathlib.Path, ...]:
+           source: ModelSource | None = None, overwrite: bool = False, say: Say = say_at_once
+           ) -> tuple[pathlib.Path, ...]:
   """Writes the videos of a run again, from its latents.
 
   Args:
     latents: directory of the run, sampled with saved latents or cut short.
     output: directory for the videos, their sidecars and contact sheets.
-    checkpoint: the model that sampled them, if it is not where it was.
+    source: the model that sampled them, if it is not where it was.
     overwrite: replace files of the same names.
     say: receives notices.
 
@@ -48,32 +48,37 @@ def decode(latents: str | os.PathLike, output: str | os.PathLike, *,
     SampleError: no run or no latents there, or another model.
     NotWritable, OutputExists, DirectoryInUse: the output directory cannot be used.
   """
-  source = pathlib.Path(latents)
-  run = read_run(source)
-  if not (source / files.LATENTS_FOLDER).is_dir():
-    raise SampleError(f'{source} holds no latents; sample with --save_latents to keep them.')
+  folder = pathlib.Path(latents)
+  run = read_run(folder)
+  if not (folder / files.LATENTS_FOLDER).is_dir():
+    raise SampleError(f'{folder} holds no latents; sample with --save_latents to keep them.')
   identity = run['identity']
   try:
     request = Request(tuple(identity['prompts']), identity['seconds'], identity['seed'])
     batches, spec = tuple(map(tuple, identity['batches'])), SampleSpec(**run['settings'])
     choices = identity['cache'], identity['sampler']
+    source = source or ModelSource.from_json(run['source'])
   except (KeyError, TypeError, ValueError) as error:
-    raise SampleError(f'{source / files.RUN_FILE} is damaged ({error!r}).') from error
+    raise SampleError(f'{folder / files.RUN_FILE} is damaged ({error!r}).') from error
   with outputs.claim_directory(output, say=say) as root:
     files.check_free(root, files.video_names(request), len(batches), overwrite=overwrite,
                      decoding=True)
-    pipeline = load_pipeline(checkpoint or run.get('checkpoint'), *choices)
-    plan = Plan(request, spec, pipeline, root, batches)
+    try:
+      pipeline = source.load(*choices, texts=[t for s in request.schedules for t in s.texts],
+                             say=say)
+    except (ValueError, TypeError) as error:
+      raise SampleError(str(error)) from error
+    plan = Plan(request, spec, pipeline, source, root, batches)
     check_same(run, plan, 'Give --checkpoint of the model that sampled the latents.', say)
     return tuple(video for index in range(len(batches))
-                 for video in _decode_batch(plan, index, source, say))
+                 for video in _decode_batch(plan, index, folder, say))
 
 
-def _decode_batch(plan: Plan, index: int, source: pathlib.Path, say: Say) -> list[pathlib.Path]:
-  if not files.record_path(source, index).is_dir():
+def _decode_batch(plan: Plan, index: int, folder: pathlib.Path, say: Say) -> list[pathlib.Path]:
+  if not files.record_path(folder, index).is_dir():
     say(f'note: batch {index + 1} of {len(plan.batches)} has no latents yet.')
     return []
-  record = plan.record(index, source)
+  record = plan.record(index, folder)
   if len(record) < plan.blocks:
     say(f'note: {len(record)} of {plan.blocks} blocks are there.')
   if not len(record):
@@ -85,5 +90,5 @@ def _decode_batch(plan: Plan, index: int, source: pathlib.Path, say: Say) -> lis
       progress.update()
   plan.write_sidecars(index, len(record),
                       FINISHED if len(record) == plan.blocks else UNFINISHED,
-                      decoded_from=str(source.resolve()))
+                      decoded_from=str(folder.resolve()))
   return [plan.root / f'{plan.names[video]}.mp4' for video in plan.batches[index]]

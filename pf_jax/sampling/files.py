@@ -8,7 +8,6 @@ latents/BATCH/     the record of a batch, removed when it is finished unless it 
 """
 
 import contextlib
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -95,12 +94,6 @@ def remove_record(root: pathlib.Path, batch: int) -> None:
   record_lib.remove(record_path(root, batch))
   with contextlib.suppress(OSError):  # not empty yet
     (root / LATENTS_FOLDER).rmdir()
-
-
-def file_digest(path: str | os.PathLike) -> str:
-  """The first half of a file's SHA-256."""
-  with open(path, 'rb') as stream:
-    return hashlib.file_digest(stream, 'sha256').hexdigest()[:32]
 
 
 class BatchFiles:

@@ -20,7 +20,7 @@ from pf_jax import outputs
 from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.progress import Progress
 from pf_jax.request import Request, plan_batches
-from pf_jax.sampling import files, meter
+from pf_jax.sampling import budget, files, meter
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.plan import (
   FINISHED,
@@ -30,12 +30,12 @@ from pf_jax.sampling.plan import (
   SampleError,
   Say,
   check_same,
-  load_pipeline,
   read_run,
   warn_about_prompts,
   write_run,
 )
 from pf_jax.sampling.record import Record
+from pf_jax.sampling.source import ModelSource
 
 say_at_once = functools.partial(print, flush=True)
 
@@ -58,15 +58,15 @@ class Result:
 
 
 def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
-        checkpoint: str | os.PathLike | None = None, overwrite: bool = False,
-        resume: bool = False, save_latents: bool = False, say: Say = say_at_once) -> Result:
+        source: ModelSource | None = None, overwrite: bool = False, resume: bool = False,
+        save_latents: bool = False, say: Say = say_at_once) -> Result:
   """Samples all videos of a request into a directory.
 
   Args:
     request: prompts, length, seed.
     spec: settings.
     output: the directory; created if needed.
-    checkpoint: see `pf_jax.load`.
+    source: the model; None is the packaged one.
     overwrite: replace files of the same names.
     resume: go on with a run that was cut short; the request must be the same.
     save_latents: keep the records, for `decode`.
@@ -82,12 +82,21 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
     resume = resume and (root / files.RUN_FILE).exists()
     if not resume:
       files.check_free(root, files.video_names(request), len(batches), overwrite=overwrite)
-    pipeline = load_pipeline(checkpoint, spec.chosen('cache'), spec.chosen('sampler'))
-    plan = Plan(request, spec, pipeline, root, batches)
+    source = source or ModelSource()
+    texts = [text for schedule in request.schedules for text in schedule.texts]
+    try:
+      model, rollout = source.specs(spec.chosen('cache'), spec.chosen('sampler'))
+      blocks = model.video.blocks_for_seconds(request.seconds)
+      budget.budget(model, rollout, batch=max(map(len, batches)),
+                    blocks=blocks * len(request.prompts)).check(*budget.device_memory())
+      pipeline = source.load(spec.chosen('cache'), spec.chosen('sampler'), texts=texts, say=say)
+    except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
+      raise SampleError(str(error)) from error
+    plan = Plan(request, spec, pipeline, source, root, batches)
     if resume:
       check_same(read_run(root), plan, 'Give the same command again with --resume, or --overwrite '
                  'to start again.', say)
-    warn_about_prompts(pipeline, [t for s in request.schedules for t in s.texts], say)
+    warn_about_prompts(pipeline, texts, say)
     todo = [i for i in range(len(batches)) if not (resume and plan.is_finished(i))]
     if not todo:
       say(f'{root}: this run is finished already; nothing to do.')

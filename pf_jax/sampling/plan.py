@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pf_jax import outputs
-from pf_jax import pipeline as pipeline_lib
 from pf_jax.models.tokenizer import UNK
 from pf_jax.pipeline import Pipeline
 from pf_jax.request import Request, RequestError
@@ -19,12 +18,12 @@ from pf_jax.sampling import record as record_lib
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.files import BatchFiles
 from pf_jax.sampling.record import Record
+from pf_jax.sampling.source import ModelSource
 from pf_jax.viz.video import check_video_size
-from pf_jax.weights import package
 
 ROLLOUT = 'stream'
 FINISHED, UNFINISHED = 'finished', 'unfinished'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Say = Callable[[str], None]
 
 
@@ -40,6 +39,7 @@ class Plan:
     request: what was asked for.
     spec: settings.
     pipeline: the loaded model.
+    source: where it is from.
     root: directory of the files.
     batches: indices of the videos that advance together.
 
@@ -50,6 +50,7 @@ class Plan:
   request: Request
   spec: SampleSpec
   pipeline: Pipeline
+  source: ModelSource
   root: pathlib.Path
   batches: tuple[tuple[int, ...], ...]
 
@@ -109,11 +110,8 @@ class Plan:
 
   @functools.cached_property
   def digests(self) -> dict[str, str]:
-    """Of the model's files; empty for a model made in memory."""
-    directory = self.pipeline.directory
-    return {} if directory is None else {
-        name: files.file_digest(directory / name)
-        for name in (package.SPEC_FILE, package.WEIGHTS_FILE)}
+    """Of the model's files."""
+    return self.source.digests()
 
   def identity(self) -> dict[str, Any]:
     """What decides every bit of the result, as it reads back from JSON."""
@@ -148,15 +146,6 @@ class Plan:
                and (self.root / f'{name}.mp4').exists() for name in names)
 
 
-def load_pipeline(checkpoint: Any, cache: Mapping[str, Any], sampler: Mapping[str, Any]
-                  ) -> Pipeline:
-  """`pf_jax.load`, with its refusals as SampleError."""
-  try:
-    return pipeline_lib.load(checkpoint, cache=cache, sampler=sampler)
-  except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
-    raise SampleError(str(error)) from error
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object, or {} where there is none to read."""
   try:
@@ -168,11 +157,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_run(plan: Plan) -> None:
   """Writes run.json; from here on there is something to resume or decode."""
-  directory = plan.pipeline.directory
-  packaged = directory in (None, pipeline_lib.PACKAGED)
   outputs.write_json(plan.root / files.RUN_FILE, {
       'version': FORMAT_VERSION, 'identity': plan.identity(), 'versions': meter.versions(),
-      'checkpoint': None if packaged or directory is None else str(directory.resolve()),
+      'source': plan.source.to_json(),
       'settings': dataclasses.asdict(plan.spec)})
 
 

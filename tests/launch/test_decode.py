@@ -16,6 +16,7 @@ from pf_jax.sampling import job
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.decode import decode
 from pf_jax.sampling.plan import SampleError
+from pf_jax.sampling.source import ModelSource
 from pf_jax.viz.video import read_video
 from pf_jax.weights import package
 from tests.sampled import (  # noqa: F401 (fixtures are found by pytest)
@@ -34,7 +35,7 @@ NAME = outputs.output_name(0, REQUEST.prompts[0])
 @pytest.fixture
 def sampled(loaded, tmp_path):
   job.run(REQUEST, SampleSpec(sheet_columns=2, quality=12), tmp_path / 'sampled',
-          checkpoint=loaded.directory, save_latents=True)
+          source=ModelSource(loaded.directory), save_latents=True)
   return tmp_path / 'sampled'
 
 
@@ -81,7 +82,7 @@ def test_refusals(sampled, loaded, tmp_path):
     decode(sampled, sampled)
   other = package.save_model(tmp_path / 'other', random_models(1), choices=CHOICES)
   with pytest.raises(SampleError, match=r'another run: model was .* Give --checkpoint of'):
-    decode(sampled, tmp_path / 'decoded', checkpoint=other)
+    decode(sampled, tmp_path / 'decoded', source=ModelSource(other))
   run = json.loads((sampled / 'run.json').read_text())
   del run['identity']['seed']
   (sampled / 'run.json').write_text(json.dumps(run))

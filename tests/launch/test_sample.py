@@ -17,14 +17,16 @@ import pytest
 from configs.digits import sample as sample_config
 from launch.build import build
 from pf_jax import outputs
+from pf_jax import pipeline as pipeline_lib
 from pf_jax.pipeline import cache_choices
 from pf_jax.request import Request
 from pf_jax.rollout.block import SamplerSpec
-from pf_jax.sampling import files, job, meter, plan
+from pf_jax.sampling import files, job, meter
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.files import BatchFiles
 from pf_jax.sampling.plan import SampleError
 from pf_jax.sampling.record import Record, RecordError
+from pf_jax.sampling.source import ModelSource, file_digest
 from pf_jax.viz.video import read_video
 from tests.sampled import (  # noqa: F401 (fixtures are found by pytest)
   Rowwise,
@@ -66,10 +68,10 @@ def finished(tiny, tmp_path_factory):
   """An uninterrupted run with saved latents: the truth that others are compared with."""
   directory = tmp_path_factory.mktemp('finished')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan.pipeline_lib, 'load', lambda *unused, **choices: tiny.pipeline)
+    patch.setattr(pipeline_lib, 'load', lambda *unused, **choices: tiny.pipeline)
     said = []
-    result = job.run(REQUEST, SPEC, directory, checkpoint=tiny.directory, save_latents=True,
-                     say=said.append)
+    result = job.run(REQUEST, SPEC, directory, source=ModelSource(tiny.directory),
+                     save_latents=True, say=said.append)
   return directory, result, said
 
 
@@ -200,7 +202,7 @@ def test_sidecar(finished, tiny):
   assert (sidecar['seed'], sidecar['blocks'], sidecar['status']) == (5, 9, 'finished')
   assert sidecar['config']['cache']['top_k'] == 1
   assert sidecar['config']['sampler']['steps'] == [1000.0, 500.0]
-  assert sidecar['model'] == {name: files.file_digest(tiny.directory / name)
+  assert sidecar['model'] == {name: file_digest(tiny.directory / name)
                               for name in ('model.json', 'model.safetensors')}
 
 
@@ -257,7 +259,7 @@ def no_compiling(monkeypatch):
 
 
 def run(tiny, directory, request=REQUEST, spec=SPEC, **options):
-  return job.run(request, spec, directory, checkpoint=tiny.directory, **options)
+  return job.run(request, spec, directory, source=ModelSource(tiny.directory), **options)
 
 
 def test_existing_files_are_never_replaced_unasked(loaded, finished, no_compiling, tmp_path):
@@ -305,7 +307,7 @@ def test_impossible_requests(loaded, no_compiling, tmp_path):
   with pytest.raises(SampleError, match=r'block 4 is never reached, the video has blocks 0..1'):
     run(loaded, tmp_path, Request((PROMPT,), 2.0))
   with pytest.raises(SampleError, match='does not exist'):
-    job.run(REQUEST, SPEC, tmp_path, checkpoint=tmp_path / 'nowhere')
+    job.run(REQUEST, SPEC, tmp_path, source=ModelSource(tmp_path / 'nowhere'))
   with pytest.raises(SampleError, match='cannot be selected from an archive'):
     run(loaded, tmp_path, spec=SampleSpec(cache={'top_k': 9}))
   shutil.copytree(loaded.directory, tmp_path / 'model')
@@ -313,7 +315,7 @@ def test_impossible_requests(loaded, no_compiling, tmp_path):
   model['spec']['video']['fps'] = 2000
   (tmp_path / 'model' / 'model.json').write_text(json.dumps(model))
   with pytest.raises(SampleError, match='fps=2000 must be positive and at most 1000'):
-    job.run(Request(('a',), 1.0), SPEC, tmp_path / 'run', checkpoint=tmp_path / 'model')
+    job.run(Request(('a',), 1.0), SPEC, tmp_path / 'run', source=ModelSource(tmp_path / 'model'))
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -406,13 +408,14 @@ SLOW_RUN = """
 import sys, time
 from pf_jax.sampling import job
 from pf_jax.sampling.record import Record
+from pf_jax.sampling.source import ModelSource
 from tests.launch.test_sample import REQUEST, SPEC
 append = Record.append
 def slowly(self, latents, selected):  # so that there is time to be killed
   append(self, latents, selected)
   time.sleep(0.2)
 Record.append = slowly
-job.run(REQUEST, SPEC, sys.argv[1], checkpoint=sys.argv[2], save_latents=True)
+job.run(REQUEST, SPEC, sys.argv[1], source=ModelSource(sys.argv[2]), save_latents=True)
 """
 
 

@@ -1,0 +1,130 @@
+"""A pipeline from released weights: Wan2.1, Self-Forcing and what is compatible with them.
+
+The networks are loaded one after the other and cast on the way, straight from the released files
+or from what `launch.convert` made of them. The text encoder goes first: it encodes the prompts and
+is let go before anything else is loaded, so the peak is the larger of the two, not their sum.
+
+Released weights hold no compressor. Without one its HR branch starts at zero, which leaves the LR
+branch alone: the transformer sees the past through its own VAE and patch embedding, untrained
+("zero-shot", arXiv:2603.25730).
+"""
+
+import dataclasses
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pf_jax.models.bundle import ModelSpec, VideoModels
+from pf_jax.models.compressor import Compressor
+from pf_jax.models.initialise import init_module
+from pf_jax.models.prompt_encoder import PromptEncoder
+from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.pipeline import Pipeline
+from pf_jax.weights import package
+from pf_jax.weights.load import load_network, network_files
+from pf_jax.weights.tensors import WeightsError
+
+TOKENIZER_FILE = 'tokenizer.json'
+# Where it lies in diffusers' directories, Wan2.1's own, and beside converted networks.
+_TOKENIZER_PLACES = ('tokenizer', 'google/umt5-xxl', '.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedWeights:
+  """Where released weights are and what they should be.
+
+  Attributes:
+    directory: Wan2.1's own layout, diffusers', or converted networks.
+    model: sizes and precision of all networks.
+    transformer: another file or directory for the transformer, e.g. Self-Forcing's .pt.
+    entry: of that file, if it holds several; see `weights.sources`.
+    compressor: a trained compressor (`compressor.safetensors`); None is zero-shot.
+  """
+
+  directory: str
+  model: ModelSpec
+  transformer: str | None = None
+  entry: str | None = None
+  compressor: str | None = None
+
+  def files(self) -> tuple[pathlib.Path, ...]:
+    """All files that the networks are read from.
+
+    Raises:
+      WeightsError: one is not there.
+    """
+    root = pathlib.Path(self.directory)
+    found: list[pathlib.Path] = []
+    for path, spec in ((root, self.model.text), (root, self.model.vae),
+                       (pathlib.Path(self.transformer or root), self.model.transformer)):
+      found += network_files(path, spec)
+    found.append(find_tokenizer(root))
+    return tuple(found + ([pathlib.Path(self.compressor)] if self.compressor else []))
+
+
+def find_tokenizer(directory: str | os.PathLike) -> pathlib.Path:
+  """The tokenizer.json of a directory of weights.
+
+  Raises:
+    WeightsError: there is none.
+  """
+  root = pathlib.Path(directory)
+  for place in _TOKENIZER_PLACES:
+    if (path := root / place / TOKENIZER_FILE).is_file():
+      return path
+  wanted = ', '.join(str(pathlib.PurePath(place) / TOKENIZER_FILE) for place in _TOKENIZER_PLACES)
+  raise WeightsError(f'{root} has no tokenizer; wanted one of {wanted}. Copy UMT5\'s '
+                     f'{TOKENIZER_FILE} there.')
+
+
+def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
+         sampler: Mapping[str, Any] | None = None, texts: Sequence[str] = (),
+         say: Callable[[str], None] = print) -> Pipeline:
+  """Loads released weights for sampling.
+
+  Args:
+    weights: where they are.
+    cache: fields of `CacheSpec`.
+    sampler: fields of `SamplerSpec`.
+    texts: that will be asked for; they are encoded before the other networks are loaded. Any other
+      text later on loads the text encoder beside them.
+    say: receives notices.
+
+  Raises:
+    WeightsError: missing, damaged, or of another model.
+    ValueError: choices that do not exist or contradict each other, or texts that cannot be used.
+  """
+  model, root = weights.model, pathlib.Path(weights.directory)
+  weights.files()  # everything is there, before anything large is read
+  tokenizer = Tokenizer.from_file(find_tokenizer(root), max_tokens=model.text.max_tokens)
+  prompts = PromptEncoder(tokenizer, model.text,
+                          lambda: load_network(root, model.text, say=say))
+  if texts:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', UserWarning)  # said by `plan.warn_about_prompts`
+      prompts(texts)
+  video = VideoModels(
+      model, load_network(root, model.vae, say=say),
+      load_network(pathlib.Path(weights.transformer or root), model.transformer,
+                   entry=weights.entry, say=say),
+      load_compressor(model, weights.compressor, say))
+  return Pipeline(video, prompts, choices={'cache': dict(cache or {}),
+                                           'sampler': dict(sampler or {})})
+
+
+def load_compressor(model: ModelSpec, path: str | None, say: Callable[[str], None]) -> Compressor:
+  """A trained compressor, or a fresh one whose HR branch adds nothing.
+
+  Raises:
+    PackageError: the file does not fit.
+  """
+  if path is None:
+    say('no compressor is given: the LR branch works alone (zero-shot).')
+    return init_module(lambda rngs: Compressor(model.compressor, rngs=rngs), 0)
+  shapes = jax.eval_shape(lambda: Compressor(model.compressor, rngs=nnx.Rngs(0)))
+  return package.load_module(path, shapes)

@@ -1,0 +1,122 @@
+"""Which model a run samples with, as the run's files remember it."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pf_jax import pipeline as pipeline_lib
+from pf_jax import released
+from pf_jax.models.bundle import ModelSpec
+from pf_jax.pipeline import Pipeline
+from pf_jax.released import ReleasedWeights
+from pf_jax.rollout.block import RolloutSpec
+from pf_jax.weights import package
+
+_SAMPLE_BYTES = 1 << 20
+_PATHS = ('directory', 'transformer', 'compressor')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """A model directory, or released weights.
+
+  Attributes:
+    checkpoint: see `pf_jax.load`; None is the packaged model.
+    weights: see `pf_jax.released`; takes the place of `checkpoint`.
+  """
+
+  checkpoint: str | os.PathLike | None = None
+  weights: ReleasedWeights | None = None
+
+  def specs(self, cache: Mapping[str, Any], sampler: Mapping[str, Any]
+            ) -> tuple[ModelSpec, RolloutSpec]:
+    """Sizes and static choices, without loading anything.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    own: Mapping[str, Mapping[str, Any]] = {}
+    if self.weights is not None:
+      model = self.weights.model
+    else:
+      data = package.read_spec(pipeline_lib.find_model(self.checkpoint))
+      model, own = data['spec'], data['choices']
+    return model, pipeline_lib.rollout_spec(model, {
+        'cache': {**own.get('cache', {}), **cache},
+        'sampler': {**own.get('sampler', {}), **sampler}})
+
+  def load(self, cache: Mapping[str, Any], sampler: Mapping[str, Any], *,
+           texts: Sequence[str] = (), say: Callable[[str], None] = print) -> Pipeline:
+    """The pipeline.
+
+    Args:
+      cache: fields of `CacheSpec` that differ from the model's own choice.
+      sampler: fields of `SamplerSpec`, likewise.
+      texts: that will be asked for.
+      say: receives notices.
+
+    Raises:
+      ValueError: no usable model there, or choices that do not exist or contradict each other.
+    """
+    if self.weights is None:
+      return pipeline_lib.load(self.checkpoint, cache=cache, sampler=sampler)
+    return released.load(self.weights, cache=cache, sampler=sampler, texts=texts, say=say)
+
+  def digests(self) -> dict[str, str]:
+    """What tells other weights apart, by file name.
+
+    Raises:
+      ValueError, OSError: files that are not there.
+    """
+    if self.weights is not None:
+      return {f'{path.parent.name}/{path.name}': file_digest(path)
+              for path in self.weights.files()}
+    directory = pipeline_lib.find_model(self.checkpoint)
+    return {name: file_digest(directory / name)
+            for name in (package.SPEC_FILE, package.WEIGHTS_FILE)}
+
+  def to_json(self) -> dict[str, Any]:
+    """What `from_json` reads; paths are made absolute, the packaged model has none."""
+    if self.weights is not None:
+      paths = {name: str(pathlib.Path(value).resolve()) for name in _PATHS
+               if (value := getattr(self.weights, name)) is not None}
+      return {'checkpoint': None, 'weights': {**dataclasses.asdict(self.weights), **paths}}
+    directory = pipeline_lib.find_model(self.checkpoint)
+    packaged = directory == pipeline_lib.PACKAGED
+    return {'checkpoint': None if packaged else str(directory.resolve()), 'weights': None}
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> 'ModelSource':
+    """Rebuilds a source.
+
+    Raises:
+      KeyError, TypeError, ValueError: not such a dict.
+    """
+    weights = data['weights']
+    if weights is not None:
+      weights = ReleasedWeights(
+          **{**weights, 'model': package.from_dict(ModelSpec, weights['model'])})
+    return cls(data['checkpoint'], weights)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """The first half of a SHA-256: of a whole small file, of a large one's size, start and end.
+
+  Weights of many gigabytes would take longer to hash than to load; other weights differ in their
+  first megabyte.
+  """
+  if os.path.isdir(path):  # an Orbax checkpoint
+    inside = sorted(f'{p} {p.stat().st_size}' for p in pathlib.Path(path).rglob('*'))
+    return hashlib.sha256('\n'.join(inside).encode()).hexdigest()[:32]
+  size = os.path.getsize(path)
+  with open(path, 'rb') as stream:
+    if size <= 64 * _SAMPLE_BYTES:
+      return hashlib.file_digest(stream, 'sha256').hexdigest()[:32]
+    digest = hashlib.sha256(str(size).encode())
+    digest.update(stream.read(_SAMPLE_BYTES))
+    stream.seek(-_SAMPLE_BYTES, os.SEEK_END)
+    digest.update(stream.read())
+    return digest.hexdigest()[:32]
