@@ -33,6 +33,10 @@ flags.DEFINE_string('weights', None, 'A directory of released or converted weigh
 flags.DEFINE_string('transformer', None, 'Another transformer checkpoint, beside --weights.')
 flags.DEFINE_string('entry', None, 'Which entry of --transformer, if it holds several.')
 flags.DEFINE_string('compressor', None, 'A trained compressor, beside --weights.')
+flags.DEFINE_string('init_image', None, 'A picture that the video begins with.')
+flags.DEFINE_string('init_video', None, 'A video that is continued.')
+flags.DEFINE_float('init_start', 0.0, 'Where in --init_video the used piece starts, seconds.')
+flags.DEFINE_float('init_seconds', 5.0, 'Longest piece of --init_video that is used.')
 flags.DEFINE_bool('overwrite', False, 'Replace files of the same names.')
 flags.DEFINE_bool('resume', False, 'Continue a run that was cut short.')
 flags.DEFINE_bool('save_latents', False, 'Keep latents for launch.decode.')
@@ -49,6 +53,8 @@ def _check_flags(args: Any) -> None:
     raise ConfigError('--output=... is missing; see --help.')
   if args.overwrite and args.resume:
     raise ConfigError('--resume continues a run and --overwrite starts again; give one of them.')
+  if args.init_image is not None and args.init_video is not None:
+    raise ConfigError('a video begins with --init_image or with --init_video; give one of them.')
   has_model = 'model' in args.config
   if args.checkpoint is not None and (args.weights is not None or has_model):
     raise ConfigError('--checkpoint brings its own sizes; leave out --weights, and use a config '
@@ -81,6 +87,16 @@ def _sample() -> int:
   return _run(request, spec, args)
 
 
+def _beginning(args: Any) -> Any:
+  from pf_jax.sampling.beginning import Beginning
+
+  if args.init_image is not None:
+    return Beginning(args.init_image, 'image')
+  if args.init_video is not None:
+    return Beginning(args.init_video, 'video', args.init_start, args.init_seconds)
+  return None
+
+
 def _run(request: Any, spec: Any, args: Any) -> int:
   from pf_jax import outputs
   from pf_jax.models.bundle import ModelSpec
@@ -99,8 +115,8 @@ def _run(request: Any, spec: Any, args: Any) -> int:
       dry_run.dry_run(request, spec, source, model=model,
                       memory=int(args.memory_gb * 1e9) if args.memory_gb else None)
       return 0
-    result = job.run(request, spec, args.output, source=source, overwrite=args.overwrite,
-                     resume=args.resume, save_latents=args.save_latents)
+    result = job.run(request, spec, args.output, source=source, beginning=_beginning(args),
+                     overwrite=args.overwrite, resume=args.resume, save_latents=args.save_latents)
   except (SampleError, budget.DoesNotFit, outputs.NotWritable, outputs.DirectoryInUse,
           OSError) as error:
     print(f'error: {error}', file=sys.stderr)

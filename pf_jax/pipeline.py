@@ -158,6 +158,25 @@ class Pipeline:
     prompt_index = [schedules[0].of_block(block) for block in range(count)]
     return stream(programs, text, prompt_index, keys, replay=replay)
 
+  def picture_block(self, texts: Sequence[str], seeds: Sequence[int], picture: np.ndarray
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """The first block of videos that begin with a picture; hand it to `blocks` as `replay`.
+
+    Args:
+      texts: one per video.
+      seeds: one per video.
+      picture: latent [h, w, C] that is the first frame of all of them.
+
+    Returns:
+      Latents [B, F, h, w, C] and selection [L, B, K].
+    """
+    programs = self.programs(len(texts))
+    rows = programs.text_keys_values(self.prompts(texts))
+    given = jnp.broadcast_to(jnp.asarray(picture), (len(texts), 1, *picture.shape))
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    latents, selected = programs.denoise_after_picture(programs.start(), rows, keys, given)
+    return np.asarray(latents), np.asarray(selected)
+
   def sample(self, prompt: str, *, seconds: float = 10.0, seed: int = 0,
              progress: bool = True) -> Video:
     """Samples one video.

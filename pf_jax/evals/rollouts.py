@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pf_jax.cache import CacheSpec
 from pf_jax.data import digits
 from pf_jax.evals import evaluator
 from pf_jax.models.bundle import VideoModels
 from pf_jax.models.compressor import Compressor
 from pf_jax.models.vae import WanVae
 from pf_jax.pipeline import Pipeline
+from pf_jax.rollout.beginning import given_selection
 from pf_jax.rollout.stream import Block
 from pf_jax.types import Array, VideoSpec
 
@@ -122,17 +122,6 @@ def encode_clips(models: VideoModels, world: digits.DigitsWorld,
   return np.stack(latents).reshape(len(draws), blocks, *video.block_latent_shape)
 
 
-def true_selection(spec: CacheSpec, block: int, batch: int) -> np.ndarray:
-  """What a given block attends, int32 [L, B, K]: all that is archived, or the newest K of it.
-
-  As long as no more than K blocks are archived this is what the sampler would have selected.
-  """
-  archived = range(spec.sink_blocks, max(block - spec.recent_blocks, spec.sink_blocks))
-  chosen = list(archived)[-spec.top_k:] if spec.top_k else []
-  row = np.array([*chosen, *[-1] * (spec.top_k - len(chosen))], np.int32)
-  return np.broadcast_to(row, (spec.num_layers, batch, spec.top_k))
-
-
 def sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, blocks: int,
            beginning: np.ndarray | None = None) -> Iterator[Block]:
   """Streams a batch of videos that may begin with true blocks.
@@ -150,7 +139,7 @@ def sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, 
   replay = []
   if beginning is not None:
     replay = [(jnp.asarray(beginning[:, i]),
-               jnp.asarray(true_selection(pipeline.spec.cache, i, len(prompts))))
+               jnp.asarray(given_selection(pipeline.spec.cache, i, len(prompts))))
               for i in range(beginning.shape[1])]
   return pipeline.blocks(prompts, blocks, seeds, replay=replay)
 

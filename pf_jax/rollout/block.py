@@ -115,8 +115,8 @@ def block_noise(keys: Array, block: Array, number: int, shape: tuple[int, ...]) 
   return jax.vmap(one)(keys)
 
 
-def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: Array, *,
-                  spec: RolloutSpec) -> tuple[Array, Array]:
+def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: Array,
+                  given: Array | None = None, *, spec: RolloutSpec) -> tuple[Array, Array]:
   """Generates the latents of the next block.
 
   Args:
@@ -124,6 +124,7 @@ def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: 
     cache: the history; read, never written.
     text: cross-attention keys/values [L, B, rows, N, H].
     keys: [B] typed random keys, one per video.
+    given: [B, g, h, w, C], latents that the block's first g frames are to have (image to video).
     spec: static choices.
 
   Returns:
@@ -139,12 +140,13 @@ def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: 
     noise = block_noise(keys, cache.blocks, index + 1, shape)
     with jax.named_scope(f'denoise_{index}'):
       x, aux = step.denoise_step(models, x, sigma, sigma_next, noise, text, slices=slices,
-                                 context_fn=context_fn, solver=spec.sampler.solver)
+                                 context_fn=context_fn, solver=spec.sampler.solver,
+                                 given=given)
     if selected is None:
       selected, context = aux
       slices, context_fn = context, step.reuse_history
   assert selected is not None  # a sampler has at least one pass
-  return x, selected
+  return x if given is None else x.at[:, :given.shape[1]].set(given), selected
 
 
 def _decode(models: VideoModels, decoder: DecoderState, latents: Array, first: bool

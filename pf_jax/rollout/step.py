@@ -39,7 +39,7 @@ def reuse_history(context: Segment, q: Array) -> tuple[Segment, PyTree]:
 
 def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Array,
                  text: KeyValues, *, slices: PyTree, context_fn: ContextFn,
-                 solver: solver_lib.Solver) -> tuple[Array, PyTree]:
+                 solver: solver_lib.Solver, given: Array | None = None) -> tuple[Array, PyTree]:
   """Moves one noisy block from level sigma to sigma_next; reads the history, writes nothing.
 
   Args:
@@ -52,11 +52,16 @@ def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Arra
     slices: per-layer pytree for `context_fn`.
     context_fn: `select_history(...)` in the first pass, `reuse_history` afterwards.
     solver: 'euler' or 'renoise'.
+    given: [B, g, h, w, C], clean latents of the block's first g frames. They take part at
+      timestep 0, whatever the level of the others.
 
   Returns:
     The block at `sigma_next`, and what `context_fn` passed out.
   """
   timesteps = jnp.broadcast_to(schedule.timestep(sigma), x_t.shape[:2])
+  if given is not None:
+    x_t = x_t.at[:, :given.shape[1]].set(given)
+    timesteps = timesteps.at[:, :given.shape[1]].set(0)
   out = models.transformer(x_t, timesteps, text, slices=slices, context_fn=context_fn)
   return solver_lib.step(solver, x_t, out.flow, sigma, sigma_next, noise), out.aux
 

@@ -9,7 +9,7 @@ and selection were just denoised or come from disk, so a resumed rollout continu
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,7 +80,7 @@ class Programs:
     rows = jax.ShapeDtypeStruct((batch, text_spec.max_tokens, text_spec.width), jnp.float32)
     text = jax.eval_shape(_text_keys_values, models, rows)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    denoise = functools.partial(block_lib.denoise_block, spec=spec)
+    self._denoise_block = denoise = functools.partial(block_lib.denoise_block, spec=spec)
     latents, selected = jax.eval_shape(denoise, models, shapes.cache, text, keys)
     finish = functools.partial(_finish, spec=spec)
     switch = functools.partial(block_lib.switch_prompt, spec=spec)
@@ -93,6 +93,7 @@ class Programs:
     self._first = self._compile('first', functools.partial(finish, first=True), block, donate=1)
     self._steady = self._compile('steady', functools.partial(finish, first=False), block, donate=1)
     self._switch = self._compile('switch', switch, (abstract, shapes, text), donate=1)
+    self._given: Callable[..., tuple[Array, Array]] | None = None
 
   def _compile(self, name: str, function, arguments: tuple, donate: int | None = None):
     start = time.perf_counter()
@@ -118,6 +119,25 @@ class Programs:
   def denoise(self, state: RolloutState, text: KeyValues, keys: Array) -> tuple[Array, Array]:
     """Latents and selection of the next block; see `block.denoise_block`."""
     return self._denoise(self.models, state.cache, text, keys)
+
+  def prepare_picture(self) -> None:
+    """Compiles `denoise_after_picture`, which few rollouts need."""
+    if self._given is None:
+      video, state = self.models.spec.video, jax.eval_shape(self._init, self.models)
+      spec = self.models.spec.text
+      rows = jax.ShapeDtypeStruct((self.batch, spec.max_tokens, spec.width), jnp.float32)
+      text = jax.eval_shape(_text_keys_values, self.models, rows)
+      keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
+      picture = jax.ShapeDtypeStruct((self.batch, 1, *video.block_latent_shape[1:]), jnp.float32)
+      self._given = self._compile('picture', self._denoise_block, (
+          _abstract(self.models), state.cache, text, keys, picture))
+
+  def denoise_after_picture(self, state: RolloutState, text: KeyValues, keys: Array,
+                            picture: Array) -> tuple[Array, Array]:
+    """As `denoise`, for a block whose first latent frame is given: picture [B, 1, h, w, C]."""
+    self.prepare_picture()
+    assert self._given is not None
+    return self._given(self.models, state.cache, text, keys, picture)
 
   def finish(self, index: int, state: RolloutState, latents: Array, selected: Array,
              text: KeyValues) -> tuple[RolloutState, Array]:

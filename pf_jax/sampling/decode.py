@@ -68,7 +68,7 @@ def decode(latents: str | os.PathLike, output: str | os.PathLike, *,
                              say=say)
     except (ValueError, TypeError) as error:
       raise SampleError(str(error)) from error
-    plan = Plan(request, spec, pipeline, source, root, batches)
+    plan = Plan(request, spec, pipeline, source, root, batches, identity.get('beginning'))
     check_same(run, plan, 'Give --checkpoint of the model that sampled the latents.', say)
     return tuple(video for index in range(len(batches))
                  for video in _decode_batch(plan, index, folder, say))

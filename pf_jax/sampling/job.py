@@ -11,16 +11,18 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pf_jax import outputs
 from pf_jax.interrupts import Stop, stop_on_signal
+from pf_jax.pipeline import Pipeline
 from pf_jax.progress import Progress
 from pf_jax.request import Request, plan_batches
 from pf_jax.sampling import budget, files, meter
+from pf_jax.sampling.beginning import Beginning, blocks_of, given_blocks
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.plan import (
   FINISHED,
@@ -58,8 +60,9 @@ class Result:
 
 
 def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
-        source: ModelSource | None = None, overwrite: bool = False, resume: bool = False,
-        save_latents: bool = False, say: Say = say_at_once) -> Result:
+        source: ModelSource | None = None, beginning: Beginning | None = None,
+        overwrite: bool = False, resume: bool = False, save_latents: bool = False,
+        say: Say = say_at_once) -> Result:
   """Samples all videos of a request into a directory.
 
   Args:
@@ -67,6 +70,7 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
     spec: settings.
     output: the directory; created if needed.
     source: the model; None is the packaged one.
+    beginning: a picture or video whose frames are the first blocks of every video.
     overwrite: replace files of the same names.
     resume: go on with a run that was cut short; the request must be the same.
     save_latents: keep the records, for `decode`.
@@ -83,36 +87,48 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
     if not resume:
       files.check_free(root, files.video_names(request), len(batches), overwrite=overwrite)
     source = source or ModelSource()
-    texts = [text for schedule in request.schedules for text in schedule.texts]
-    try:
-      model, rollout = source.specs(spec.chosen('cache'), spec.chosen('sampler'))
-      blocks = model.video.blocks_for_seconds(request.seconds)
-      budget.budget(model, rollout, batch=max(map(len, batches)),
-                    blocks=blocks * len(request.prompts)).check(*budget.device_memory())
-      pipeline = source.load(spec.chosen('cache'), spec.chosen('sampler'), texts=texts, say=say)
-    except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
-      raise SampleError(str(error)) from error
-    plan = Plan(request, spec, pipeline, source, root, batches)
+    pipeline, given = _load(request, spec, source, beginning, batches, say)
+    plan = Plan(request, spec, pipeline, source, root, batches,
+                beginning.describe() if beginning else None)
     if resume:
       check_same(read_run(root), plan, 'Give the same command again with --resume, or --overwrite '
                  'to start again.', say)
-    warn_about_prompts(pipeline, texts, say)
     todo = [i for i in range(len(batches)) if not (resume and plan.is_finished(i))]
     if not todo:
       say(f'{root}: this run is finished already; nothing to do.')
       return Result(root, _videos(plan), None, {})
-    expected = _prepare(plan, len(todo), say)
+    expected = _prepare(plan, len(todo), given, say)
     if not resume:
       files.clear(root, plan.names, len(batches))
       write_run(plan)
-    return _Job(plan, expected, compilations, save_latents, say).run(todo)
+    return _Job(plan, expected, compilations, given, save_latents, say).run(todo)
 
 
-def _prepare(plan: Plan, batches: int, say: Say) -> meter.Estimate:
+def _load(request: Request, spec: SampleSpec, source: ModelSource, beginning: Beginning | None,
+          batches: Sequence[Sequence[int]], say: Say) -> tuple[Pipeline, np.ndarray | None]:
+  """The pipeline and the frames of the beginning; what cannot work is refused before loading."""
+  texts = [text for schedule in request.schedules for text in schedule.texts]
+  cache, sampler = spec.chosen('cache'), spec.chosen('sampler')
+  try:
+    model, rollout = source.specs(cache, sampler)
+    blocks = model.video.blocks_for_seconds(request.seconds)
+    budget.budget(model, rollout, batch=max(map(len, batches)),
+                  blocks=blocks * len(request.prompts)).check(*budget.device_memory())
+    given = None if beginning is None else beginning.read(model.video, blocks, say)
+    pipeline = source.load(cache, sampler, texts=texts, say=say)
+  except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
+    raise SampleError(str(error)) from error
+  warn_about_prompts(pipeline, texts, say)
+  return pipeline, given
+
+
+def _prepare(plan: Plan, batches: int, given: np.ndarray | None, say: Say) -> meter.Estimate:
   """Compiles everything and says what the run will take."""
   say(f'{_count(plan)} of {plan.blocks} blocks, {plan.pipeline.video.pixel_frames(plan.blocks)} '
       'frames; compiling ...')
   programs = plan.pipeline.programs(plan.batch)
+  if given is not None and len(given) == 1:
+    programs.prepare_picture()
   say(f'compiled in {sum(programs.compile_seconds.values()):.1f} s.')
   expected = meter.estimate(plan.pipeline, programs, plan.blocks * batches)
   say(str(expected))
@@ -132,8 +148,9 @@ class _Job:
   """The batches of a run, one after the other."""
 
   def __init__(self, plan: Plan, expected: meter.Estimate, compilations: meter.CompileCounter,
-               keep: bool, say: Say):
+               given: np.ndarray | None, keep: bool, say: Say):
     self._plan, self._expected, self._keep, self._say = plan, expected, keep, say
+    self._given = given
     self._meter = meter.Meter(compilations)
 
   def run(self, todo: list[int]) -> Result:
@@ -172,8 +189,10 @@ class _Job:
 
   def _write_blocks(self, index: int, record: Record, progress: Progress, stop: Stop) -> int:
     plan, known = self._plan, len(record)
-    done = known
     with plan.open_files(index, replayed=known) as output:
+      if self._given is not None:
+        self._store_given(index, record)
+      done = known
       start = time.perf_counter()
       # The record grows with every block, so it never holds the one that is asked for next.
       for block in plan.sample(index, record):
@@ -190,11 +209,25 @@ class _Job:
           break
     return done
 
+  def _store_given(self, index: int, record: Record) -> None:
+    """Puts the given blocks into the record, from where they are replayed like any others."""
+    assert self._given is not None
+    plan, known = self._plan, len(record)
+    if known >= blocks_of(self._given, plan.pipeline.video):
+      return
+    rows, request = plan.rows(index), plan.request
+    texts = [request.schedules[row].texts[0] for row in rows]
+    seeds = [request.seeds[row] for row in rows]
+    for number, block in enumerate(given_blocks(plan.pipeline, self._given, texts, seeds)):
+      if number >= known:
+        record.append(*block)
+
   def _metrics(self, done: int, status: str) -> dict[str, Any]:
     plan, expected = self._plan, self._expected
     video, seconds = plan.pipeline.video, plan.pipeline.programs(plan.batch).compile_seconds
     return {
         'status': status, 'rollout': ROLLOUT, 'videos': len(plan.names), 'batch': plan.batch,
+        'given_blocks': 0 if self._given is None else blocks_of(self._given, video),
         'blocks': done, 'planned_blocks': plan.blocks, 'frames': video.pixel_frames(done),
         'seconds_of_video': video.pixel_frames(done) / video.fps,
         'compile_seconds': sum(seconds.values()), 'compile_seconds_of': seconds,

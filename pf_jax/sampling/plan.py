@@ -42,6 +42,7 @@ class Plan:
     source: where it is from.
     root: directory of the files.
     batches: indices of the videos that advance together.
+    beginning: what the videos begin with, see `Beginning.describe`; None if with noise.
 
   Raises:
     SampleError: the videos end before one of their switches, or cannot be stored.
@@ -53,6 +54,7 @@ class Plan:
   source: ModelSource
   root: pathlib.Path
   batches: tuple[tuple[int, ...], ...]
+  beginning: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     video = self.pipeline.video
@@ -118,7 +120,7 @@ class Plan:
     return json.loads(json.dumps({
         'prompts': self.request.prompts, 'seconds': self.request.seconds,
         'seed': self.request.seed, 'blocks': self.blocks, 'batches': self.batches,
-        'model': self.digests, **self.pipeline.choices}))
+        'model': self.digests, 'beginning': self.beginning, **self.pipeline.choices}))
 
   def write_sidecars(self, index: int, done: int, status: str, **more: Any) -> None:
     """Writes the JSON beside each video of a batch, `done` blocks of which are finished."""
@@ -133,7 +135,8 @@ class Plan:
     return {
         'file': f'{self.names[video]}.mp4', 'prompt': schedule.source, 'texts': schedule.texts,
         'text_of_block': [schedule.of_block(block) for block in range(self.blocks)],
-        'seed': self.request.seeds[video], 'seconds': self.request.seconds, 'blocks': done,
+        'seed': self.request.seeds[video], 'seconds': self.request.seconds,
+        'beginning': self.beginning, 'blocks': done,
         'planned_blocks': self.blocks, 'frames': geometry.pixel_frames(done) if done else 0,
         'fps': geometry.fps, 'height': geometry.height, 'width': geometry.width,
         'frames_per_block': geometry.frames_per_block, 'rollout': ROLLOUT,

@@ -15,6 +15,7 @@ from pf_jax.evals.config import AblationConfig, EvaluateConfig, PartsConfig
 from pf_jax.evals.rollouts import Run
 from pf_jax.pipeline import Pipeline
 from pf_jax.rollout import block as block_lib
+from pf_jax.rollout.beginning import given_selection
 from tests.evals import micro
 
 pytestmark = pytest.mark.timeout(400)
@@ -128,7 +129,7 @@ def test_branches_switch_the_halves_of_the_compressor(pipeline):
 def test_what_a_true_block_attends(pipeline, sink, recent, top_k, block, wanted):
   cache = dataclasses.replace(pipeline.spec.cache, sink_blocks=sink, recent_blocks=recent,
                               top_k=top_k, mid_capacity=4)
-  selected = rollouts.true_selection(cache, block, 3)
+  selected = given_selection(cache, block, 3)
   assert (selected.shape, selected.dtype) == ((2, 3, top_k), np.int32)
   assert (selected == np.array(wanted, np.int32)).all()
 
@@ -153,7 +154,7 @@ def test_a_video_keeps_the_true_blocks_it_was_given(pipeline, beginning):
   assert np.abs(np.asarray(blocks[2].latents) - free[2].latents).max() > 1e-4
   # As long as at most K blocks are archived, a true block attends what a sampled one does.
   for block in free:
-    selected = rollouts.true_selection(pipeline.spec.cache, block.number, 2)
+    selected = given_selection(pipeline.spec.cache, block.number, 2)
     np.testing.assert_array_equal(block.selected, selected)
 
 

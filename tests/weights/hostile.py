@@ -221,9 +221,9 @@ def streaming_megabytes(reader: str, path: pathlib.Path) -> float:
   return float(_run('stream', reader, path))
 
 
-def writing_megabytes(path: pathlib.Path, layers: int) -> float:
-  """Writes layers of 16 MB in a process of its own; by how much its peak grew."""
-  return float(_run('write', 'safetensors', path, layers))
+def writing_megabytes(path: pathlib.Path, tensor: tuple[tuple[int, ...], str]) -> float:
+  """Writes a (shape, dtype) layer by layer in a process of its own; by how much its peak grew."""
+  return float(_run('write', 'safetensors', path, json.dumps(tensor)))
 
 
 def _run(*arguments: Any) -> str:
@@ -274,10 +274,10 @@ def _stream(read: Callable[[str], Any], paths: Sequence[str]) -> None:
 
 
 def _write(_: Any, arguments: Sequence[str]) -> None:
-  layers = int(arguments[1])
+  path, (shape, dtype) = arguments[0], json.loads(arguments[1])
   before = _peak_megabytes()
-  writer = SafetensorsWriter(arguments[0], {'a': ((layers, 2048, 2048), 'float32')})
-  for layer in range(layers):
+  writer = SafetensorsWriter(path, {'a': (shape, dtype)})
+  for layer in range(shape[0]):
     with writer.piece('a', layer) as array:
       array[...] = layer
   print(_peak_megabytes() - before)

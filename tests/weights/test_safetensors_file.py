@@ -60,9 +60,9 @@ def test_a_changed_file_is_noticed(path):
 
 
 def test_streaming_keeps_little_in_memory(path):
-  """16 tensors of 16 MB, read one after the other; the process may grow by three of them."""
-  save_file({str(i): np.full((2048, 2048), i, np.float32) for i in range(16)}, path)
-  assert 10 < hostile.streaming_megabytes('safetensors', path) < 48
+  """Ten tensors of 8 MB, read one after the other; the process may grow by three of them."""
+  save_file({str(i): np.full((1024, 2048), i, np.float32) for i in range(10)}, path)
+  assert 4 < hostile.streaming_megabytes('safetensors', path) < 24
 
 
 def _entry(dtype='F32', shape=(1,), offsets=(0, 4)):
@@ -89,7 +89,7 @@ HOSTILE = {
     'fractional shape': ({'a': _entry(shape=(1.5,))}, b'0123', None, 'not a whole'),
     'truncated values': ({'a': _entry()}, b'012', None, 'not a whole safetensors file'),
     'truncated header': ({'a': _entry()}, b'', 300, 'not a whole safetensors file'),
-    'unknown dtype': ({'a': _entry('F12')}, b'0123', None, 'not a whole .*unknown variant `F12`'),
+    'unknown dtype': ({'a': _entry('F12')}, b'0123', None, 'not a whole safetensors file'),
     'not JSON': (b'hello', b'', None, 'not a whole safetensors file'),
     'not an object': (b'[1]', b'', None, 'not a whole safetensors file'),
     'not text': (b'\xff\xfe', b'', None, 'not a whole safetensors file'),
@@ -375,5 +375,5 @@ def test_unusable_places(path):
 
 
 def test_writing_keeps_little_in_memory(path):
-  """16 layers of 16 MB; the process may grow by three of them."""
-  assert 10 < hostile.writing_megabytes(path, 16) < 48
+  """Ten layers of 8 MB, written one after the other; the process may grow by three of them."""
+  assert 4 < hostile.writing_megabytes(path, ((10, 1024, 2048), 'float32')) < 24
