@@ -107,7 +107,7 @@ def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
   if texts:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', UserWarning)  # said by `plan.warn_about_prompts`
-      prompts(texts)
+      prompts(texts, allow_empty=True)  # empty ones are refused where they may not be
   video = VideoModels(
       model, load_network(root, model.vae, say=say),
       load_network(pathlib.Path(weights.transformer or root), model.transformer,

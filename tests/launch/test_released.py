@@ -14,6 +14,7 @@ from configs.wan import model as wan_model
 from launch.build import build
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.testing import random_models
+from pf_jax.viz.video import read_video
 from pf_jax.weights import convert, networks, package
 from pf_jax.weights.load import load_network
 from tests.sampled import environment
@@ -59,6 +60,25 @@ def test_sampling_released_weights_in_blocks_of_three(models, wan, tmp_path):
   first, second = (next(p.glob('*.mp4')).read_bytes()
                    for p in (tmp_path / 'run', tmp_path / 'again'))
   assert first == second
+
+
+def test_the_bidirectional_baseline(tmp_path):
+  """A clip of 6 latent frames, 21 pixel frames, decoded in blocks of 4 and 2."""
+  spec = build(ModelSpec, wan_model.get_config('tiny'))
+  weights = checkpoints.write_wan(tmp_path / 'Wan2.1', random_models(spec, 1))
+  done = launch('sample_clip', '--config=configs/wan/baseline_1_3b.py:tiny', '--prompt=a cat',
+                f'--weights={weights}', f'--output={tmp_path}/run')
+  assert done.returncode == 0, done.stderr
+  (path,) = (tmp_path / 'run').glob('*.mp4')
+  assert len(read_video(path).pixels) == 21
+  sidecar = json.loads(path.with_suffix('.json').read_text())
+  assert (sidecar['frames'], sidecar['config']['sampler']['solver']) == (21, 'unipc')
+  again = launch('sample_clip', '--config=configs/wan/baseline_1_3b.py:tiny', '--prompt=a cat',
+                 f'--weights={weights}', f'--output={tmp_path}/run')
+  assert (again.returncode, 'exists already' in again.stderr) == (1, True)
+  switch = launch('sample_clip', '--config=configs/wan/baseline_1_3b.py:tiny',
+                  '--prompt=a | 3: b', '--weights=x', f'--output={tmp_path}/other')
+  assert (switch.returncode, 'a clip has one prompt' in switch.stderr) == (2, True)
 
 
 MISTAKES = [
