@@ -49,6 +49,9 @@ TRAIN = [
     'tensorboardX>=2.6.2',
 ]
 
+# Downloads of released weights; directories on disk do without.
+HUB = ['huggingface_hub>=0.30']
+
 DEV = [
     'hypothesis>=6.100',
     'ipykernel>=6.29',
@@ -83,7 +86,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=['pf_jax', 'pf_jax.*']),
     package_data={'pf_jax': ['py.typed', 'weights/**/*']},
     install_requires=REQUIRED,
-    extras_require={'train': TRAIN, 'dev': DEV, 'parity': PARITY},
+    extras_require={'train': TRAIN, 'hub': HUB, 'dev': DEV, 'parity': PARITY},
     classifiers=[
         'Development Status :: 3 - Alpha',
         'Intended Audience :: Science/Research',

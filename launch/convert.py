@@ -18,7 +18,8 @@ from launch.build import ConfigError, nearest
 MODELS = ('wan_1_3b', 'wan_14b', 'umt5', 'vae')
 FORMATS = ('safetensors', 'orbax', 'both')
 DTYPES = ('bfloat16', 'float32')
-flags.DEFINE_string('source', None, 'A checkpoint, or a directory of released weights.')
+flags.DEFINE_string('source', None, 'A checkpoint, a directory of released weights, or hub:owner/'
+                    'name@commit.')
 flags.DEFINE_string('model', None, f'What it is: {", ".join(MODELS)}.')
 flags.DEFINE_string('output', None, 'Directory to write.')
 flags.DEFINE_string('entry', None, 'Which entry of a training checkpoint that holds several.')
@@ -47,15 +48,15 @@ def _convert() -> int:
 
   from pf_jax import outputs
   from pf_jax.progress import Progress
-  from pf_jax.weights import convert
+  from pf_jax.weights import convert, hub
   from pf_jax.weights.tensors import WeightsError
 
   spec = _spec(args.model, args.dtype)
   progress = Progress(convert.pieces_of(spec), unit='tensor', every_s=10)
   try:
-    written = convert.convert(args.source, spec, args.output, entry=args.entry, form=args.format,
-                              overwrite=args.overwrite, progress=progress.update,
-                              say=progress.say)
+    written = convert.convert(hub.local(args.source), spec, args.output, entry=args.entry,
+                              form=args.format, overwrite=args.overwrite,
+                              progress=progress.update, say=progress.say)
   except (WeightsError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

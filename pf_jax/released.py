@@ -25,7 +25,7 @@ from pf_jax.models.initialise import init_module
 from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.pipeline import Pipeline
-from pf_jax.weights import package
+from pf_jax.weights import hub, package
 from pf_jax.weights.load import load_network, network_files
 from pf_jax.weights.tensors import WeightsError
 
@@ -39,7 +39,8 @@ class ReleasedWeights:
   """Where released weights are and what they should be.
 
   Attributes:
-    directory: Wan2.1's own layout, diffusers', or converted networks.
+    directory: Wan2.1's own layout, diffusers', or converted networks; like the others a path or an
+      address of the hub (`pf_jax.weights.hub`).
     model: sizes and precision of all networks.
     transformer: another file or directory for the transformer, e.g. Self-Forcing's .pt.
     entry: of that file, if it holds several; see `weights.sources`.
@@ -58,13 +59,13 @@ class ReleasedWeights:
     Raises:
       WeightsError: one is not there.
     """
-    root = pathlib.Path(self.directory)
+    root = hub.local(self.directory)
     found: list[pathlib.Path] = []
     for path, spec in ((root, self.model.text), (root, self.model.vae),
-                       (pathlib.Path(self.transformer or root), self.model.transformer)):
+                       (hub.local(self.transformer or self.directory), self.model.transformer)):
       found += network_files(path, spec)
     found.append(find_tokenizer(root))
-    return tuple(found + ([pathlib.Path(self.compressor)] if self.compressor else []))
+    return tuple(found + ([hub.local(self.compressor)] if self.compressor else []))
 
 
 def find_tokenizer(directory: str | os.PathLike) -> pathlib.Path:
@@ -99,7 +100,7 @@ def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
     WeightsError: missing, damaged, or of another model.
     ValueError: choices that do not exist or contradict each other, or texts that cannot be used.
   """
-  model, root = weights.model, pathlib.Path(weights.directory)
+  model, root = weights.model, hub.local(weights.directory)
   weights.files()  # everything is there, before anything large is read
   tokenizer = Tokenizer.from_file(find_tokenizer(root), max_tokens=model.text.max_tokens)
   prompts = PromptEncoder(tokenizer, model.text,
@@ -110,7 +111,7 @@ def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
       prompts(texts, allow_empty=True)  # empty ones are refused where they may not be
   video = VideoModels(
       model, load_network(root, model.vae, say=say),
-      load_network(pathlib.Path(weights.transformer or root), model.transformer,
+      load_network(hub.local(weights.transformer or weights.directory), model.transformer,
                    entry=weights.entry, say=say),
       load_compressor(model, weights.compressor, say))
   return Pipeline(video, prompts, choices={'cache': dict(cache or {}),
@@ -127,4 +128,4 @@ def load_compressor(model: ModelSpec, path: str | None, say: Callable[[str], Non
     say('no compressor is given: the LR branch works alone (zero-shot).')
     return init_module(lambda rngs: Compressor(model.compressor, rngs=rngs), 0)
   shapes = jax.eval_shape(lambda: Compressor(model.compressor, rngs=nnx.Rngs(0)))
-  return package.load_module(path, shapes)
+  return package.load_module(hub.local(path), shapes)

@@ -13,7 +13,7 @@ from pf_jax.models.bundle import ModelSpec
 from pf_jax.pipeline import Pipeline
 from pf_jax.released import ReleasedWeights
 from pf_jax.rollout.block import RolloutSpec
-from pf_jax.weights import package
+from pf_jax.weights import hub, package
 
 _SAMPLE_BYTES = 1 << 20
 _PATHS = ('directory', 'transformer', 'compressor')
@@ -82,7 +82,8 @@ class ModelSource:
     """What `from_json` reads; paths are made absolute, the packaged model has none."""
     if self.weights is not None:
       paths = {name: str(pathlib.Path(value).resolve()) for name in _PATHS
-               if (value := getattr(self.weights, name)) is not None}
+               if (value := getattr(self.weights, name)) is not None
+               and not value.startswith(hub.PREFIX)}
       return {'checkpoint': None, 'weights': {**dataclasses.asdict(self.weights), **paths}}
     directory = pipeline_lib.find_model(self.checkpoint)
     packaged = directory == pipeline_lib.PACKAGED

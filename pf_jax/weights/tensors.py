@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MAX_DIMS = 32
+MAX_DIMS = 32
 _MAX_BYTES = 2**63 - 1  # what NumPy counts with
 
 
@@ -43,9 +43,9 @@ class LazyTensor:
   read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
   def __post_init__(self):
-    if len(self.shape) > _MAX_DIMS or not all(map(is_count, self.shape)):
-      raise WeightsError(f'a tensor of shape {brief(self.shape)}, wanted at most {_MAX_DIMS} sizes '
-                         'and none negative; the file is damaged.')
+    if not is_shape(self.shape):
+      raise WeightsError(f'a tensor whose shape is not at most {MAX_DIMS} integers >= 0; the file '
+                         'is damaged.')
     # Sizes beside a zero count too: NumPy multiplies them all the same.
     if math.prod(max(size, 1) for size in self.shape) * self.dtype.itemsize > _MAX_BYTES:
       raise WeightsError(f'a tensor of shape {brief(self.shape)}, more than can be addressed; the '
@@ -60,6 +60,11 @@ class LazyTensor:
 def is_count(value: object) -> bool:
   """Whether a value from a file is an integer >= 0 (True is not)."""
   return type(value) is int and value >= 0
+
+
+def is_shape(value: object) -> bool:
+  """Whether a value from a file is a tuple of few integers >= 0; many would take long to use."""
+  return isinstance(value, tuple) and len(value) <= MAX_DIMS and all(map(is_count, value))
 
 
 def brief(value: str | bytes | tuple[int, ...]) -> str:

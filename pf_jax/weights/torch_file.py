@@ -29,7 +29,16 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from pf_jax.weights.tensors import LazyTensor, OpenedFile, WeightsError, brief, is_count, reason
+from pf_jax.weights.tensors import (
+    MAX_DIMS,
+    LazyTensor,
+    OpenedFile,
+    WeightsError,
+    brief,
+    is_count,
+    is_shape,
+    reason,
+)
 
 # 3,300 tensors, as of a training checkpoint of Wan2.1 14B (generator, its average, critic), take
 # 0.4 MB of pickle, 106,000 instructions and three levels.
@@ -124,8 +133,9 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
 
 
 def _counts(value: Any, what: str) -> tuple[int, ...]:
-  if not isinstance(value, tuple) or not all(map(is_count, value)):
-    raise WeightsError(f'a tensor whose {what} is not a tuple of integers >= 0; {_DAMAGED}')
+  if not is_shape(value):
+    raise WeightsError(f'a tensor whose {what} is not a tuple of at most {MAX_DIMS} integers >= 0; '
+                       f'{_DAMAGED}')
   return value
 
 
@@ -288,9 +298,10 @@ class _Unpickler:
     if type(target) not in (dict, collections.OrderedDict):
       raise TypeError('items for something that is not a dict')
     for key, value in zip(items[::2], items[1::2], strict=True):
-      # Nothing else: to hash a deeply nested tuple would overflow the interpreter's own stack.
-      if key is not None and type(key) not in (str, int, float, bool):
-        raise TypeError('a key that is neither a string nor a number')
+      # Nothing else: to hash deeply nested tuples would overflow the interpreter's own stack, and
+      # large integers can be chosen to have one hash, which makes a dict of them take hours.
+      if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
+        raise TypeError('a key that is neither a string nor a small integer')
       target[key] = value
 
   def _put(self, index: Any) -> None:

@@ -106,7 +106,9 @@ class _Writer:
     return b'G' + struct.pack('>d', value)
 
   def _tuple(self, value: tuple) -> bytes:
-    return b'(' + b''.join(map(self, value)) + b't'
+    items = b''.join(map(self, value))
+    short = {0: b')', 1: b'\x85', 2: b'\x86', 3: b'\x87'}
+    return items + short[len(value)] if len(value) in short else b'(' + items + b't'
 
   def _list(self, value: list) -> bytes:
     return b'](' + b''.join(map(self, value)) + b'e'

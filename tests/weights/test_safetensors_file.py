@@ -85,7 +85,7 @@ HOSTILE = {
     'overflowing shape': ({'a': _entry(shape=(2**62, 2**62))}, b'0123', None, 'not a whole'),
     'overflow beside zero': ({'a': _entry(shape=(0, 2**62, 4), offsets=(0, 0))}, b'', None,
                              'more than can be addressed'),
-    'many sizes': ({'a': _entry(shape=(1,) * 40)}, b'0123', None, 'at most 32 sizes'),
+    'many sizes': ({'a': _entry(shape=(1,) * 40)}, b'0123', None, 'at most 32 integers'),
     'fractional shape': ({'a': _entry(shape=(1.5,))}, b'0123', None, 'not a whole'),
     'truncated values': ({'a': _entry()}, b'012', None, 'not a whole safetensors file'),
     'truncated header': ({'a': _entry()}, b'', 300, 'not a whole safetensors file'),

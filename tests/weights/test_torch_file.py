@@ -58,7 +58,7 @@ def test_every_dtype_is_bit_exact(path, kind, legacy):
     ((2, 3), (3, 1), 0, [[0, 1, 2], [3, 4, 5]]),
     ((3, 2), (1, 3), 0, [[0, 3], [1, 4], [2, 5]]),  # transposed
     ((2, 2), (3, 1), 1, [[1, 2], [4, 5]]),  # columns of a matrix
-    ((2, 1, 2), (2, 999, 1), 2, [[[2, 3]], [[4, 5]]]),  # the stride of one element means nothing
+    ((2, 1, 2), (2, 2**70, 1), 2, [[[2, 3]], [[4, 5]]]),  # the stride of one element means nothing
     ((), (), 5, 5),
     ((1,), (1,), 5, [5]),
     ((0, 3), (3, 1), 6, np.zeros((0, 3))),
@@ -178,6 +178,11 @@ RUNS = {
 }
 DEEP, WIDE = 120_000, 1_100_000
 VIEW = tensor('0', 6, (6,), (1,))
+# A tuple of 900,000 integers of 255 bytes: their product would take hours.
+MANY = Raw(b'(\x8a\xff' + b'\x7f' * 255 + b'q\x05' + b'h\x05' * 900_000 + b't')
+# Keys and values; the hashes of all keys are 0, so that a dict of them would take hours.
+ALIKE = b''.join(b'\x8a\x0a' + (n * (2**61 - 1)).to_bytes(10, 'little') + b'N'
+                 for n in range(200_000))
 
 
 def _laughs(depth: int = 0) -> bytes:
@@ -214,6 +219,7 @@ PICKLES = {
                    'nested over 64 levels'),
     'deep tuples': (b'\x80\x02)' + b'\x85' * DEEP + b'.', {}, 'nested over 64 levels'),
     'deep tuple as key': (b'\x80\x02})' + b'\x85' * DEEP + b'Ns.', {}, 'neither a string nor'),
+    'keys of one hash': (Raw(b'}(' + ALIKE + b'u'), {}, 'nor a small integer'),
     'deep marks': (b'\x80\x02' + b'(' * DEEP + b't' * DEEP + b'.', {}, 'nested over 64 levels'),
     'deep ordered dicts': (b'\x80\x02ccollections\nOrderedDict\nq\x00)R'
                            + b'K\x00h\x00)R' * DEEP + b's' * DEEP + b'.', {},
@@ -258,7 +264,8 @@ PICKLES = {
                            'reaches beyond'),
     'overflow beside zero': (tensor('0', 6, (0, 2**62, 2**62), (1, 1, 1)), {'0': SIX_BYTES},
                              'more than can be addressed'),
-    'many sizes': (tensor('0', 6, (1,) * 40, (1,) * 40), {'0': SIX_BYTES}, 'at most 32 sizes'),
+    'many sizes': (tensor('0', 6, (1,) * 40, (1,) * 40), {'0': SIX_BYTES}, 'at most 32 integers'),
+    'many large sizes': (tensor('0', 6, MANY, (1,)), {'0': SIX_BYTES}, 'at most 32 integers'),
     'repeated element': (tensor('0', 6, (2**50,), (0,)), {'0': SIX_BYTES}, 'repeats elements'),
     'conjugated': (tensor('0', 6, (6,), (1,), extra=({'neg': True},)), {'0': SIX_BYTES},
                    'conjugated or negated'),
