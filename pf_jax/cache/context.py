@@ -1,10 +1,12 @@
 """Context: the packed history that every pass of one block attends.
 
-The copy is written once per block: gather the selected blocks, move each slot to its position,
-lay sink | mid | recent side by side. All passes of the block then read the same contiguous rows.
+Gather the selected blocks, move each slot to its position, lay sink | mid | recent side by side. A
+pass does this anew in every layer: it costs one copy of the layer's rows, which a fused attention
+kernel needs in any case, and no memory over layers.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from pf_jax.cache import positions, state
 from pf_jax.cache.spec import CacheSpec
@@ -13,13 +15,29 @@ from pf_jax.kernels.attention import Segment
 from pf_jax.types import Array, KeyValues
 
 
-def _rows(pair: KeyValues, start: Array, valid: Array) -> Segment:
+def _rows(pair: KeyValues, start: Array) -> KeyValues:
   """Blocks [B, n, T, N, H] moved in time by start [B, n] and flattened to [B, n*T, N, H]."""
   batch, blocks, tokens, *heads = pair.k.shape
   k = rope.rotate_time(pair.k, start[:, :, None])
-  return Segment(k.reshape(batch, blocks * tokens, *heads),
-                 pair.v.reshape(batch, blocks * tokens, *heads),
-                 jnp.repeat(jnp.broadcast_to(valid, (batch, blocks)), tokens, axis=1))
+  return KeyValues(*(x.reshape(batch, blocks * tokens, *heads) for x in (k, pair.v)))
+
+
+def valid_first(valid: Array, lengths: np.ndarray) -> Array:
+  """An order of rows that begins with those of valid slots.
+
+  Args:
+    valid: [B, n] bool, slots.
+    lengths: [n] rows of each slot.
+
+  Returns:
+    [B, sum of lengths] int32: the rows of valid slots, ascending, and then arbitrary ones.
+  """
+  ends = jnp.cumsum(valid * lengths, axis=1)  # of each slot once the invalid ones are taken out
+  rows = jnp.arange(lengths.sum())
+  slot = jnp.sum(rows[:, None] >= ends[:, None], axis=2)
+  taken_out = np.cumsum(lengths) - ends
+  order = rows + jnp.take_along_axis(taken_out, slot, axis=1, mode='clip')
+  return jnp.minimum(order, lengths.sum() - 1)
 
 
 def context(layer: state.LayerCache, selected: Array, blocks: Array, layout: positions.Layout, *,
@@ -49,9 +67,14 @@ def context(layer: state.LayerCache, selected: Array, blocks: Array, layout: pos
   mid = KeyValues(*(jnp.take_along_axis(x, take_ring, axis=1) for x in layer.archive))
   order = (blocks + jnp.arange(spec.recent_blocks)) % spec.recent_blocks
   recent = KeyValues(*(jnp.take(x, order, axis=1) for x in layer.recent))
-  parts = [_rows(layer.sink, layout.sink - current, layout.sink_valid),
-           _rows(mid, mid_start - current, layout.mid_valid & (selected >= 0)),
-           _rows(recent, layout.recent - current, layout.recent_valid)]
-  k, v, valid = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+  parts = [_rows(layer.sink, layout.sink - current), _rows(mid, mid_start - current),
+           _rows(recent, layout.recent - current)]
+  k, v = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
   assert k.shape[:2] == (batch, spec.context_tokens)
-  return Segment(k, v, valid)
+  flags = layout.sink_valid, layout.mid_valid & (selected >= 0), layout.recent_valid
+  valid = jnp.concatenate([jnp.broadcast_to(flag, (batch, *flag.shape[1:])) for flag in flags],
+                          axis=1)
+  lengths = np.repeat([spec.block_tokens, spec.mid_tokens, spec.block_tokens],
+                      [spec.sink_blocks, spec.top_k, spec.recent_blocks])
+  slots = np.repeat(np.arange(len(lengths)), lengths)
+  return Segment(k, v, valid[:, slots], valid_first(valid, lengths))

@@ -145,7 +145,7 @@ class CacheSpec:
     return 2 * self.num_layers * self.num_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
 
   def partition_bytes(self, batch: int = 1) -> dict[str, int]:
-    """Bytes of every partition for `batch` videos, and of one block's packed context."""
+    """Bytes of every partition for `batch` videos."""
     key_sum = self.num_layers * self.num_heads * self.head_dim * jnp.dtype('float32').itemsize
     tokens = {'sink': self.sink_blocks * self.block_tokens,
               'archive': self.mid_capacity * self.mid_tokens,
@@ -156,5 +156,5 @@ class CacheSpec:
     return sizes
 
   def context_bytes(self, batch: int = 1) -> int:
-    """Bytes of the packed history that all passes of one block read (working memory)."""
-    return batch * self.context_tokens * self.token_bytes()
+    """Bytes of one layer's packed history, which exists while that layer attends it."""
+    return batch * self.context_tokens * self.token_bytes() // self.num_layers

@@ -284,8 +284,6 @@ def _load_image(path: str | os.PathLike, file: BinaryIO) -> tuple[Any, list[str]
 
   Image.init()
   formats = [name for name in _IMAGE_FORMATS if name in Image.OPEN]  # builds of Pillow differ
-  too_large = MediaError(f'{path} has more than {_MAX_IMAGE_PIXELS:,} pixels, too many to decode; '
-                         'scale it down first.')
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of odd metadata, and of sizes that are checked here
     try:
@@ -299,7 +297,8 @@ def _load_image(path: str | os.PathLike, file: BinaryIO) -> tuple[Any, list[str]
     except MediaError:
       raise
     except Image.DecompressionBombError as error:
-      raise too_large from error
+      raise MediaError(f'{path} has far more than {_MAX_IMAGE_PIXELS:,} pixels, too many to '
+                       'decode; scale it down first.') from error
     except UnidentifiedImageError as error:
       raise MediaError(f'{path} is not a picture that can be read; convert it to PNG or JPEG, or '
                        'hand in a video as video.') from error
@@ -349,20 +348,21 @@ def _over_black(rgba: Any) -> tuple[Any, bool]:
   return black, True
 
 
-def _fit(image: Any, target: Size, aspect: Fraction = Fraction(1)) -> tuple[np.ndarray, list[str]]:
+def _fit(image: Any, target: Size, pixel: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1))
+         ) -> tuple[np.ndarray, list[str]]:
   """Scales a picture until it covers `target` and keeps the centre: uint8 [H, W, 3].
 
   Args:
     image: Pillow's RGB.
     target: width, height.
-    aspect: width of the picture's pixels in terms of their height.
+    pixel: width and height of the picture's pixels.
   """
   from PIL import Image
 
   width, height = image.size
-  shown = width * aspect, Fraction(height)
+  shown = width * pixel[0], height * pixel[1]
   scale = max(target[0] / shown[0], target[1] / shown[1])
-  kept = target[0] / scale / aspect, target[1] / scale
+  kept = target[0] / scale / pixel[0], target[1] / scale / pixel[1]
   left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
   box = [float(edge) for edge in (left, top, left + kept[0], top + kept[1])]
   pixels = np.array(image.resize(target, Image.Resampling.LANCZOS, box=box))
@@ -379,7 +379,7 @@ def _fit_notes(shown: tuple[Fraction, Fraction], target: Size, scale: Fraction) 
     if lost:
       steps.append(f'cropped to {target[0]}x{target[1]} ({lost} {name}{"s" if lost > 1 else ""} '
                    'lost, half on either side)')
-  return [f'{round(shown[0])}x{shown[1]} {" and ".join(steps)}'] if steps else []
+  return [f'{round(shown[0])}x{round(shown[1])} {" and ".join(steps)}'] if steps else []
 
 
 class _Decoder:
@@ -394,6 +394,9 @@ class _Decoder:
 
     self._av: Any = av
     self._path, self._file = path, file
+    # PyAV before 19 refuses files whose title is not UTF-8 unless it is told what to do.
+    old = int(av.__version__.partition('.')[0]) < 19
+    self._lenient = {'metadata_errors': 'replace'} if old else {}
     self._times: list[Fraction] = []
     self._open()
 
@@ -452,9 +455,8 @@ class _Decoder:
     self._torn = whole < size
     try:
       # The empty whitelist: no other file and no network address is opened on behalf of this one.
-      self._container = self._av.open(
-          _Bytes(self._file, whole), metadata_errors='replace',
-          container_options={'protocol_whitelist': ''})
+      self._container = self._av.open(_Bytes(self._file, whole), **self._lenient,
+                                      container_options={'protocol_whitelist': ''})
     except self._av.FFmpegError as error:
       raise MediaError(f'{self._path} is not a video that can be read, or is cut off before its '
                        f'first frame ({error.strerror}).') from error
@@ -543,7 +545,7 @@ class _Decoder:
       return None
     try:
       return self.stream.decode(packet)
-    except self._av.FFmpegError:
+    except (self._av.FFmpegError, ValueError):  # ValueError: the codec has given up before
       return None
 
 
@@ -554,16 +556,16 @@ def _whole_fragments(file: BinaryIO, size: int) -> int:
   before are whole.
   """
   start = 0
-  while start + 8 <= size:
+  while start < size:
     file.seek(start)
     head = file.read(8)
     length, kind = int.from_bytes(head[:4], 'big'), head[4:]
-    if kind == b'moof' and start + length > size:
+    if start and (len(head) < 8 or (kind == b'moof' and start + length > size)):
       return start
-    if length < 8:
+    if length < 8 or (start == 0 and kind != b'ftyp'):  # not an MP4, or one box to the end
       return size
     start += length
-  return start if 0 < start < size else size
+  return size
 
 
 class _Screen:
@@ -601,15 +603,16 @@ class _Screen:
     _check_pixels(self._path, (frame.width, frame.height), _MAX_VIDEO_PIXELS)
     orientation = _matrix_orientation(frame)
     image, turn_notes = _oriented(self._rgb(frame), orientation)
-    aspect = self._aspect
+    aspect, one = self._aspect, Fraction(1)
     if aspect != 1:
       self._note(f'pixels of {aspect.numerator}:{aspect.denominator} made square')
-      aspect = 1 / aspect if orientation in _SIDEWAYS else aspect
-    pixels, fit_notes = _fit(image, self._target, aspect)
+    pixel = (one, aspect) if orientation in _SIDEWAYS else (aspect, one)
+    pixels, fit_notes = _fit(image, self._target, pixel)
     self._note(*turn_notes, *fit_notes)
     return pixels
 
   def _rgb(self, frame: Any) -> Any:
+    from av.error import FFmpegError
     from PIL import Image
 
     bits = max(component.bits for component in frame.format.components)
@@ -620,9 +623,13 @@ class _Screen:
     transparent = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
     large = frame.width >= 1280 or frame.height > 576
     untagged = large and frame.colorspace == _UNSPECIFIED_MATRIX
-    converted = self._reformatter.reformat(
-        frame, format='rgba' if transparent else 'rgb24', interpolation=self._exactly,
-        src_colorspace=self._bt709 if untagged else None)
+    try:
+      converted = self._reformatter.reformat(
+          frame, format='rgba' if transparent else 'rgb24', interpolation=self._exactly,
+          src_colorspace=self._bt709 if untagged else None)
+    except FFmpegError as error:
+      raise MediaError(f'{self._path} has colours that FFmpeg cannot convert ({error.strerror}); '
+                       'convert it to BT.709.') from error
     image = Image.fromarray(converted.to_ndarray())
     if transparent:
       image, changed = _over_black(image)

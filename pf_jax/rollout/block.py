@@ -22,7 +22,7 @@ from pf_jax.diffusion import solver as solver_lib
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.vae import DecoderState
 from pf_jax.rollout import step
-from pf_jax.types import Array, KeyValues
+from pf_jax.types import Array, KeyValues, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,8 @@ def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: 
   layout = cache_lib.layout(cache.blocks, spec.cache)
   sigmas = spec.sampler.sigmas
   x = block_noise(keys, cache.blocks, 0, shape)
-  slices, context_fn = cache.layers, step.select_history(cache.blocks, layout, spec.cache)
+  slices: PyTree = cache.layers
+  context_fn = step.select_history(cache.blocks, layout, spec.cache)
   selected: Array | None = None
   for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
     noise = block_noise(keys, cache.blocks, index + 1, shape)
@@ -143,8 +144,9 @@ def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: 
                                  context_fn=context_fn, solver=spec.sampler.solver,
                                  given=given)
     if selected is None:
-      selected, context = aux
-      slices, context_fn = context, step.reuse_history
+      selected = aux
+      slices = cache.layers, selected
+      context_fn = step.selected_history(cache.blocks, layout, spec.cache)
   assert selected is not None  # a sampler has at least one pass
   return x if given is None else x.at[:, :given.shape[1]].set(given), selected
 
@@ -158,17 +160,6 @@ def _decode(models: VideoModels, decoder: DecoderState, latents: Array, first: b
 
 def _remember(buffer: Array, value: Array, slot: Array) -> Array:
   return jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), slot, axis=1)
-
-
-def pack_history(cache: PackCache, selected: Array, spec: CacheSpec):
-  """Context of all layers [L, B, S, N, H] for an earlier selection [L, B, K]."""
-  layout = cache_lib.layout(cache.blocks, spec)
-
-  def pack(layer_and_choice):
-    layer, chosen = layer_and_choice
-    return cache_lib.context(layer, chosen, cache.blocks, layout, spec=spec)
-
-  return jax.lax.map(pack, (cache.layers, selected))
 
 
 def finish_block(models: VideoModels, state: RolloutState, latents: Array, selected: Array,
@@ -194,11 +185,15 @@ def finish_block(models: VideoModels, state: RolloutState, latents: Array, selec
     lr_latents = models.encode_low_resolution(pixels)
     tokens = models.compress(latents, lr_latents)
   with jax.named_scope('clean_pass'):
-    context = pack_history(state.cache, selected, spec.cache)
-    block, compressed, _ = step.clean_pass(models, latents, tokens, text, slices=context,
-                                           context_fn=step.reuse_history)
+    layout = cache_lib.layout(state.cache.blocks, spec.cache)
+    block, compressed, _ = step.clean_pass(
+        models, latents, tokens, text, slices=(state.cache.layers, selected),
+        context_fn=step.selected_history(state.cache.blocks, layout, spec.cache))
   with jax.named_scope('commit'):
-    cache = cache_lib.commit(state.cache, block, compressed, spec=spec.cache)
+    # After the pass that reads the cache: XLA would copy the archive to write it any earlier.
+    blocks, block = jax.lax.optimization_barrier((state.cache.blocks, block))
+    cache = dataclasses.replace(state.cache, blocks=blocks)
+    cache = cache_lib.commit(cache, block, compressed, spec=spec.cache)
   slot = state.cache.blocks % spec.cache.recent_blocks
   return RolloutState(cache=cache, decoder=decoder,
                       recent_latents=_remember(state.recent_latents, latents, slot),

@@ -15,10 +15,10 @@ from pf_jax.types import Array, KeyValues, PyTree
 
 
 def select_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
-  """Context function of a block's first pass: select, pack, and pass both on.
+  """Context function of a block's first pass: select, pack, and pass the selection on.
 
-  Scan it over the cache's `LayerCache`. Its aux is (selected [L, B, K], context [L, ...]); the
-  block's later passes scan over that context with `reuse_history`.
+  Scan it over the cache's `LayerCache`. Its aux is the selection [L, B, K], for the block's later
+  passes (see `selected_history`).
   """
 
   def context_fn(layer: LayerCache, q: Array):
@@ -26,13 +26,28 @@ def select_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
     q = einops.reduce(q, '(b g) t n h -> b t n h', 'mean', b=layer.sink.k.shape[0])
     selected = cache_lib.select(layer, q, blocks, spec=spec)
     context = cache_lib.context(layer, selected, blocks, layout, spec=spec)
-    return context, (selected, context)
+    return context, selected
+
+  return context_fn
+
+
+def selected_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
+  """Context function of all later passes: packs what the first one selected.
+
+  Scan it over (the cache's `LayerCache`, selection [L, B, K]). Reading a packed copy instead would
+  cost as much time and 4 GB at full scale.
+  """
+
+  def context_fn(layer_and_choice: tuple[LayerCache, Array], q: Array):
+    del q
+    layer, selected = layer_and_choice
+    return cache_lib.context(layer, selected, blocks, layout, spec=spec), None
 
   return context_fn
 
 
 def reuse_history(context: Segment, q: Array) -> tuple[Segment, PyTree]:
-  """Context function of all later passes: the history is already packed."""
+  """Context function over a history that is already packed, for training."""
   del q
   return context, None
 
@@ -50,7 +65,7 @@ def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Arra
     noise: fresh noise like x_t (used by `renoise` only).
     text: cross-attention keys/values [L, B, rows, N, H].
     slices: per-layer pytree for `context_fn`.
-    context_fn: `select_history(...)` in the first pass, `reuse_history` afterwards.
+    context_fn: `select_history(...)` in the first pass, `selected_history(...)` afterwards.
     solver: 'euler' or 'renoise'.
     given: [B, g, h, w, C], clean latents of the block's first g frames. They take part at
       timestep 0, whatever the level of the others.

@@ -30,7 +30,7 @@ class Budget:
     parameters: number of parameters of each network.
     networks: bytes of each network.
     cache: bytes of each partition of the cache.
-    context: packed history that all passes of one block read.
+    context: packed history of one layer, working memory.
     decoder: the VAE decoder's temporal state.
     kept: latents of the recent blocks, kept for a change of prompt.
     text: cross-attention keys and values of one prompt.
@@ -71,7 +71,7 @@ class Budget:
             for name, size in self.networks.items()]
     rows += [(f'cache: {name}', size) for name, size in self.cache.items()]
     rows += [('cache, all partitions', sum(self.cache.values())),
-             ('packed context of one block', self.context), ('VAE decoder state', self.decoder),
+             ('packed context of one layer', self.context), ('VAE decoder state', self.decoder),
              ('kept latents', self.kept), ('text keys/values of a prompt', self.text)]
     if self.scratch is not None:
       rows.append(('scratch of the largest program, packed context included', self.scratch))

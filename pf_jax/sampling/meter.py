@@ -54,7 +54,7 @@ class Estimate:
 
   Attributes:
     cache_bytes: of each partition, by `CacheSpec`.
-    context_bytes: packed history of one block, working memory.
+    context_bytes: packed history of one layer, working memory.
     state_bytes: everything a video carries from block to block, the cache included.
     parameter_bytes: of the networks.
     scratch_bytes: largest temporary memory of any program.

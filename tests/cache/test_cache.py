@@ -82,6 +82,8 @@ def test_like_the_slow_model(sink, recent, capacity, k, blocks, stride, selectio
       rows = slow[layer].attended(chosen)
       assert starts(layout, np.asarray(selected[layer]), spec) == [at for _, at in rows]
       seen = np.asarray(context.v)[layer, 0][np.asarray(context.valid)[layer, 0], 0, 0]
+      valid = np.flatnonzero(np.asarray(context.valid)[layer, 0])
+      np.testing.assert_array_equal(context.order[layer, 0, :len(valid)], valid)
       archived = {b.number for b in slow[layer].archive}
       wanted = [np.repeat(n + (0.5 if n in archived else 0.0),
                           spec.mid_tokens if n in archived else spec.block_tokens)

@@ -114,14 +114,14 @@ def test_dry_run_counts_the_full_size_and_refuses_what_cannot_fit():
   # 6,240 tokens a block, 184,320 bytes a token over all layers; 182 tokens a compressed block.
   for name, size in (('cache: sink', 2 * 6240 * 184_320), ('cache: recent', 6240 * 184_320),
                      ('cache: archive', 128 * 182 * 184_320),
-                     ('packed context of one block', 21_632 * 184_320),
+                     ('packed context of one layer', 21_632 * 184_320 / 30),
                      ('transformer (1,418,996,800 parameters)', 2_873_1e5),
                      ('text (5,680,910,336 parameters)', 11_362_2e5)):
     assert f'{size / 1e9:.4f} GB' in lines[name], lines[name]
   assert '27,872 keys per query from block 19 on' in done.stdout
   small = launch('sample', CONFIG, '--prompt=a', '--dry_run', '--memory_gb=12')
   assert small.returncode == 1
-  assert small.stderr.startswith('error: 17.1 GB are needed, the device has 12.0 GB; lower cache.')
+  assert small.stderr.startswith('error: 13.3 GB are needed, the device has 12.0 GB; lower cache.')
 
 
 def test_converting_from_the_command_line(tmp_path):

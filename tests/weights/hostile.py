@@ -277,11 +277,12 @@ def _stream(read: Callable[[str], Any], paths: Sequence[str]) -> None:
 
 def _write(_: Any, arguments: Sequence[str]) -> None:
   path, (shape, dtype) = arguments[0], json.loads(arguments[1])
-  before = _peak_megabytes()
+  before, kept = _peak_megabytes(), []
   writer = SafetensorsWriter(path, {'a': (shape, dtype)})
   for layer in range(shape[0]):
     with writer.piece('a', layer) as array:
       array[...] = layer
+    kept.append(array)  # which must not keep its pages
   print(_peak_megabytes() - before)
 
 

@@ -151,10 +151,10 @@ def write_pieces(writer, pieces):
 
 
 def test_file_byte_for_byte(path):
-  writer = SafetensorsWriter(path, LAYOUT, {'source': 'x'})
+  writer = SafetensorsWriter(path, LAYOUT, {'source': 'xyz'})
   write_pieces(writer, PIECES)
   assert writer.finish() == path
-  header = (b'{"__metadata__":{"source":"x"},'
+  header = (b'{"__metadata__":{"source":"xyz"},'
             b'"scalar":{"dtype":"F64","shape":[],"data_offsets":[0,8]},'
             b'"stack":{"dtype":"BF16","shape":[2,3],"data_offsets":[8,20]},'
             b'"none":{"dtype":"I8","shape":[0,4],"data_offsets":[20,20]}}')

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pf_jax.kernels.attention import cudnn, reference
+from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
+
+IMPLEMENTATIONS = {'reference': reference.attend, 'cudnn': cudnn.attend}
 
 
 class Segment(NamedTuple):
@@ -13,14 +17,17 @@ class Segment(NamedTuple):
     k: [B, S, N, H].
     v: [B, S, N, H].
     valid: [B, S] bool, False where a slot is empty; None where every token counts.
+    order: [B, S] int32, the tokens in an order that begins with the valid ones. Backends that read
+      a prefix sort for themselves where it is None.
   """
 
   k: Array
   v: Array
   valid: Array | None = None
+  order: Array | None = None
 
 
-def attend(q: Array, segments: Sequence[Segment], *, implementation: str = 'reference') -> Array:
+def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None = None) -> Array:
   """One softmax over the tokens of all segments.
 
   A segment's batch may be smaller than the query's by a whole factor g: queries
@@ -29,21 +36,28 @@ def attend(q: Array, segments: Sequence[Segment], *, implementation: str = 'refe
   Args:
     q: [B, T, N, H].
     segments: what is attended; order does not matter.
-    implementation: 'reference' (XLA).
+    implementation: 'reference' (XLA), 'cudnn' (NVIDIA cards, half precision), or None: cudnn where
+      it fits, else reference.
 
   Returns:
     [B, T, N, H] in q's dtype. At least one token must be valid for every query.
 
   Raises:
-    ValueError: unknown implementation, or a segment whose shape does not fit the query.
+    ValueError: an implementation that is unknown or does not fit, or a segment whose shape does not
+      fit the query.
   """
-  from pf_jax.kernels.attention import reference
   for index, segment in enumerate(segments):
     batch, _, *heads = segment.k.shape
     if segment.k.shape != segment.v.shape or heads != list(q.shape[2:]) or q.shape[0] % batch:
       raise ValueError(
           f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
           f'[b, S, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
-  if implementation != 'reference':
-    raise ValueError(f"{implementation=} is unknown; use 'reference'.")
-  return reference.attend(q, segments)
+  if implementation is None:
+    fits = target_platform() == 'cuda' and cudnn.supports(q, segments)
+    implementation = 'cudnn' if fits else 'reference'
+  if implementation == 'cudnn' and not cudnn.supports(q, segments):
+    raise ValueError(f'cudnn takes {cudnn.LIMITS}, got queries {q.dtype}{list(q.shape)}; use '
+                     f"'reference' or None.")
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'{implementation=} is unknown; use one of {sorted(IMPLEMENTATIONS)} or None.')
+  return IMPLEMENTATIONS[implementation](q, segments)

@@ -3,6 +3,7 @@
 import jax
 
 from pf_jax.kernels.conv3d.reference import Padding, conv3d_reference, conv3d_taps
+from pf_jax.kernels.platform import target_platform
 
 Array = jax.Array
 
@@ -30,7 +31,7 @@ def conv3d(x: Array, kernel: Array, bias: Array, *, strides: tuple[int, int, int
     ValueError: unknown implementation, or fewer frames than temporal taps.
   """
   if implementation is None:
-    implementation = 'taps' if jax.default_backend() == 'cpu' else 'reference'
+    implementation = 'taps' if target_platform() == 'cpu' else 'reference'
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(IMPLEMENTATIONS)} or None.')
   taps, kh, kw = kernel.shape[:3]

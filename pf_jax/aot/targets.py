@@ -1,0 +1,116 @@
+"""Machines to compile for: what XLA has to know about a GPU that is not there.
+
+XLA reads a target as a protocol buffer in text form (`GpuTargetConfigProto`), one field a line. By
+its numbers, which a card's driver would report, the compiler chooses tiles and fusions and refuses
+kernels that exceed them.
+
+Source of the numbers: OpenXLA's own descriptions of these cards.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuDeviceInfo:
+  """Quantities of a card, named as XLA names them; defaults are Hopper's. A core is an SM.
+
+  Attributes:
+    core_count: streaming multiprocessors.
+    clock_rate_ghz: boost clock.
+    memory_bandwidth: bytes/s.
+    device_memory_size: bytes.
+    l2_cache_size: bytes.
+    threads_per_warp: lanes.
+    threads_per_block_limit: threads of a block at most.
+    threads_per_core_limit: threads that a core holds at once.
+    shared_memory_per_block: bytes that a block has without asking.
+    shared_memory_per_block_optin: bytes that it may ask for.
+    shared_memory_per_core: bytes.
+    registers_per_block_limit: 32-bit registers.
+    registers_per_core_limit: 32-bit registers.
+    fpus_per_core: float32 lanes.
+    block_dim_limit_x: blocks of a grid at most, along x; likewise y and z.
+    thread_dim_limit_x: threads of a block at most, along x; likewise y and z.
+
+  Raises:
+    ValueError: a quantity is not positive.
+  """
+
+  core_count: int
+  clock_rate_ghz: float
+  memory_bandwidth: int
+  device_memory_size: int
+  l2_cache_size: int
+  threads_per_warp: int = 32
+  threads_per_block_limit: int = 1024
+  threads_per_core_limit: int = 2048
+  shared_memory_per_block: int = 48 * 1024
+  shared_memory_per_block_optin: int = 227 * 1024
+  shared_memory_per_core: int = 228 * 1024
+  registers_per_block_limit: int = 65_536
+  registers_per_core_limit: int = 65_536
+  fpus_per_core: int = 128
+  block_dim_limit_x: int = 2**31 - 1
+  block_dim_limit_y: int = 65_535
+  block_dim_limit_z: int = 65_535
+  thread_dim_limit_x: int = 1024
+  thread_dim_limit_y: int = 1024
+  thread_dim_limit_z: int = 64
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if value <= 0:
+        raise ValueError(f'{name}={value} must be positive.')
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTarget:
+  """One CUDA card and the cuDNN on it.
+
+  Attributes:
+    name: what the driver calls the card.
+    compute_capability: (major, minor).
+    info: its quantities.
+    cudnn: version (major, minor, patch) that programs may rely on.
+    accelerated: use the features of this very architecture, which Hopper's tensor cores need
+      ('sm_90a' rather than 'sm_90').
+  """
+
+  name: str
+  compute_capability: tuple[int, int]
+  info: GpuDeviceInfo
+  cudnn: tuple[int, int, int] = (9, 10, 0)
+  accelerated: bool = True
+
+  @property
+  def cudnn_version(self) -> int:
+    """cuDNN's version as the library itself numbers it: 9.10.0 is 91000."""
+    major, minor, patch = self.cudnn
+    return 10_000 * major + 100 * minor + patch
+
+  def text_proto(self) -> str:
+    """The target as XLA reads it."""
+    major, minor = self.compute_capability
+    features = ' feature_extension: ACCELERATED_FEATURES' if self.accelerated else ''
+    quantities = [f'  {name}: {value}' for name, value in dataclasses.asdict(self.info).items()]
+    cudnn = 'major: {} minor: {} patch: {}'.format(*self.cudnn)
+    return '\n'.join([
+        'gpu_device_info {',
+        f'  cuda_compute_capability {{ major: {major} minor: {minor}{features} }}',
+        *quantities,
+        '}',
+        'platform_name: "CUDA"',
+        f'dnn_version_info {{ {cudnn} }}',
+        f'device_description_str: "{self.name}"', ''])
+
+
+TARGETS: Mapping[str, GpuTarget] = types.MappingProxyType({
+    'h200': GpuTarget('NVIDIA H200', (9, 0), GpuDeviceInfo(
+        core_count=132, clock_rate_ghz=1.98, memory_bandwidth=4_800_000_000_000,
+        device_memory_size=151_397_597_184, l2_cache_size=50 * 1024**2)),
+    'h100': GpuTarget('NVIDIA H100 80GB HBM3', (9, 0), GpuDeviceInfo(
+        core_count=132, clock_rate_ghz=1.98, memory_bandwidth=3_352_320_000_000,
+        device_memory_size=84_942_979_072, l2_cache_size=50 * 1024**2)),
+})

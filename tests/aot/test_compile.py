@@ -1,0 +1,113 @@
+"""Needs the CUDA compiler (`make test-aot`), no GPU. Sizes are Wan2.1-T2V-1.3B's, 832x480."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs.wan import t2v_1_3b
+from launch.build import build
+from pf_jax.aot.compile import compile_for
+from pf_jax.aot.targets import TARGETS
+from pf_jax.kernels.attention import Segment, attend
+from pf_jax.kernels.conv3d import conv3d
+from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models.transformer import CausalTransformer
+from pf_jax.pipeline import rollout_spec
+from pf_jax.rollout import block as block_lib
+from pf_jax.types import tree_bytes
+
+H200 = TARGETS['h200']
+GB = 10**9
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def test_bytes_of_a_product_by_hand():
+  report = compile_for(lambda x, w: (x @ w, x + 1), (shape(256, 512), shape(512, 128)), H200,
+                       donate=(0,))
+  assert report.argument_bytes == 2 * (256 * 512 + 512 * 128)
+  assert report.alias_bytes == 2 * 256 * 512
+  # Results are in a table of addresses besides.
+  assert 0 <= report.output_bytes - 2 * (256 * 128 + 256 * 512) <= 64
+  assert report.total_bytes == (report.argument_bytes + report.output_bytes - report.alias_bytes
+                                + report.scratch_bytes)
+  assert report.compile_seconds > 0
+
+
+def test_leaves_the_compilation_cache_alone(tmp_path):
+  changes = {'jax_compilation_cache_dir': str(tmp_path),
+             'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in changes}
+  for name, value in changes.items():
+    jax.config.update(name, value)
+  try:
+    for _ in range(2):  # what was stored the first time could not be loaded the second time
+      compile_for(lambda x: x * 3, (shape(7),), H200)
+    assert not list(tmp_path.iterdir())
+    jax.jit(lambda x: x * 5)(jnp.ones(7))
+    assert list(tmp_path.iterdir())
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_attention_is_one_kernel_without_logits():
+  def attention(q, own, history, valid, order):
+    return attend(q, [Segment(*history, valid, order), Segment(*own)])
+
+  own, history = ((shape(1, rows, 12, 128),) * 2 for rows in (6240, 21_632))
+  slots = [shape(1, 21_632, dtype=dtype) for dtype in (jnp.bool_, jnp.int32)]
+  report = compile_for(attention, (own[0], own, history, *slots), H200)
+  assert report.executable.as_text().count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
+  # One row of keys and one of values, side by side; logits alone would be 12.5 GB.
+  rows = tree_bytes(own) + tree_bytes(history)
+  assert rows <= report.scratch_bytes < 1.02 * rows
+
+
+def test_convolutions_are_not_those_of_the_machine_that_compiles():
+  report = compile_for(conv3d, (shape(1, 6, 32, 32, 16), shape(3, 3, 3, 16, 16), shape(16)), H200)
+  # A CPU lays temporal taps out as channels and convolves in two dimensions.
+  assert 'window={size=3x3x3' in report.executable.as_text()
+
+
+@functools.cache
+def full_size():
+  config = t2v_1_3b.get_config()
+  model = build(ModelSpec, config.model)
+  chosen = {name: {key: value for key, value in config[name].items() if value is not None}
+            for name in ('cache', 'sampler')}
+  spec = rollout_spec(model, chosen)
+  models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)).without_text())
+  state = jax.eval_shape(functools.partial(block_lib.init, batch=1, spec=spec), models)
+  text = jax.eval_shape(CausalTransformer.text_keys_values, models.transformer,
+                        shape(1, 512, 4096, dtype=jnp.float32))
+  return spec, models, state, text, jax.eval_shape(lambda: jax.random.key(0)[None])
+
+
+def test_denoising_needs_almost_no_scratch():
+  spec, models, state, text, keys = full_size()
+  report = compile_for(functools.partial(block_lib.denoise_block, spec=spec),
+                       (models, state.cache, text, keys), H200)
+  # A packed history kept for later passes would be 4 GB, the logits of one layer 12.5 GB.
+  assert report.scratch_bytes < 0.4 * GB
+  assert report.argument_bytes < 10.6 * GB
+
+
+def test_a_whole_steady_block_fits_and_updates_its_state_in_place():
+  spec, models, state, text, keys = full_size()
+  report = compile_for(functools.partial(block_lib.sample_block, first=False, spec=spec),
+                       (models, state, text, keys), H200, donate=(1,))
+  assert spec.cache.attention_tokens == 27_872
+  assert report.alias_bytes == tree_bytes(state)
+  # The VAE's decoder is 4.9 GB of it. A copy of the archive would add 4.3.
+  assert report.scratch_bytes < 6.5 * GB
+  assert report.total_bytes < 20 * GB < H200.info.device_memory_size
