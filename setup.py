@@ -26,7 +26,7 @@ def readme() -> str:
 # What sampling, decoding and looking at results need.
 REQUIRED = [
     'absl-py>=2.1',
-    'av>=14',
+    'av>=17',
     'einops>=0.8',
     'flax>=0.12.5,<0.14',
     'ftfy>=6.2',
@@ -67,9 +67,11 @@ DEV = [
 
 # Oracles of `make test-parity` only; the package never imports them. What they say does not depend
 # on the interpreter, so one is enough. Where pip offers torch with CUDA's gigabytes only, set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Nothing imports accelerate here, but
+# diffusers does not load Wan's transformer from files without it.
 PARITY = [f"{requirement}; python_version < '3.12'" for requirement in (
     'torch==2.13.0',
+    'accelerate>=1',
     'diffusers>=0.42',
     'sentencepiece>=0.2',
     'transformers>=5',

@@ -19,6 +19,9 @@ from pf_jax import outputs
 # empty_moov: the header comes first; frag_keyframe: a fragment per group of pictures.
 _CONTAINER = {'movflags': 'frag_keyframe+empty_moov+default_base_moof', 'flush_packets': '1'}
 
+# FFmpeg's numbers of SMPTE 170M, which is BT.601 at 525 lines, and of limited range.
+_BT601, _LIMITED_RANGE = 6, 1
+
 
 class VideoClip(NamedTuple):
   """Decoded video: pixels uint8 [T, H, W, 3] and frames per second."""
@@ -105,6 +108,9 @@ class VideoWriter:
     stream.options = {'crf': str(quality), 'tune': 'zerolatency', 'bf': '0',
                       'g': str(max(round(fps), 1))}
     stream.codec_context.time_base = 1 / rate
+    # What the conversion below does; untagged, players take it for BT.709 from 720 lines on.
+    stream.codec_context.colorspace = stream.codec_context.color_primaries = _BT601
+    stream.codec_context.color_trc, stream.codec_context.color_range = _BT601, _LIMITED_RANGE
     self._stream = stream
 
   def __enter__(self) -> 'VideoWriter':

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pf_jax import outputs
+from pf_jax.data import media
 from pf_jax.viz import video
 
 
@@ -176,3 +177,14 @@ def test_memory_does_not_grow(tmp_path):
       sizes.append(os.path.getsize(tmp_path / 'a.mp4'))
   assert sizes[-1] > sizes[20] > sizes[2] > 0  # written while it runs
   assert time.monotonic() - start < 20
+
+
+def test_colours_are_tagged_so_that_large_videos_keep_them(tmp_path):
+  """At 1280x720 an untagged file would be taken for BT.709: reds and greens would move."""
+  colours = np.array([[200, 40, 40], [40, 160, 60], [30, 60, 200]], np.uint8)
+  frames = np.repeat(colours[:, None, None], 720, axis=1).repeat(1280, axis=2)
+  with video.VideoWriter(tmp_path / 'a.mp4', 720, 1280, 16, quality=1) as writer:
+    writer.write(frames)
+  for read in (video.read_video(tmp_path / 'a.mp4').pixels,
+               media.read_video(tmp_path / 'a.mp4', 720, 1280, 16, max_frames=3).frames):
+    assert np.abs(read.astype(int) - frames).max() <= 4
