@@ -67,8 +67,8 @@ DEV = [
 
 # Oracles of `make test-parity` only; the package never imports them. What they say does not depend
 # on the interpreter, so one is enough. Where pip offers torch with CUDA's gigabytes only, set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Nothing imports accelerate here, but
-# diffusers does not load Wan's transformer from files without it.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Without accelerate, diffusers refuses to
+# load Wan's transformer from files: parts of it stay float32 in any precision.
 PARITY = [f"{requirement}; python_version < '3.12'" for requirement in (
     'torch==2.13.0',
     'accelerate>=1',

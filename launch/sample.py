@@ -56,6 +56,10 @@ def _check_flags(args: Any) -> None:
     raise ConfigError('--resume continues a run and --overwrite starts again; give one of them.')
   if args.init_image is not None and args.init_video is not None:
     raise ConfigError('a video begins with --init_image or with --init_video; give one of them.')
+  if not args.dry_run and (args.target is not None or args.memory_gb is not None):
+    raise ConfigError('--target and --memory_gb belong to --dry_run.')
+  if args.memory_gb is not None and not 0 < args.memory_gb < 1e6:
+    raise ConfigError(f'--memory_gb={args.memory_gb} must be a positive number of gigabytes.')
   has_model = 'model' in args.config
   if args.checkpoint is not None and (args.weights is not None or has_model):
     raise ConfigError('--checkpoint brings its own sizes; leave out --weights, and use a config '
@@ -93,9 +97,12 @@ def _beginning(args: Any) -> Any:
 
   if args.init_image is not None:
     return Beginning(args.init_image, 'image')
-  if args.init_video is not None:
+  if args.init_video is None:
+    return None
+  try:
     return Beginning(args.init_video, 'video', args.init_start, args.init_seconds)
-  return None
+  except ValueError as error:
+    raise ConfigError(f'--init_video: {error}') from error
 
 
 def _run(request: Any, spec: Any, args: Any) -> int:

@@ -20,6 +20,7 @@ from typing import IO, Any
 LOCK_NAME = '.lock'
 _SLUG_BYTES = 64
 _HASH_DIGITS = 8
+_SAMPLE_BYTES = 1 << 20
 # Errors of a filesystem that has no flock at all (some network mounts).
 _NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -226,3 +227,24 @@ def _finite(value: Any) -> Any:
     return value if abs(value) != float('inf') and value == value else None
   # Scalars and arrays of NumPy and JAX.
   return _finite(value.tolist()) if hasattr(value, 'tolist') else value
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """The first half of a SHA-256: of a whole small file, of a large one's size, start and end.
+
+  Weights of many gigabytes would take longer to hash than to load; other weights differ in their
+  first megabyte.
+  """
+  if os.path.isdir(path):  # an Orbax checkpoint
+    root = pathlib.Path(path)
+    inside = sorted(f'{p.relative_to(root)} {p.stat().st_size}' for p in root.rglob('*'))
+    return hashlib.sha256('\n'.join(inside).encode()).hexdigest()[:32]
+  size = os.path.getsize(path)
+  with open(path, 'rb') as stream:
+    if size <= 64 * _SAMPLE_BYTES:
+      return hashlib.file_digest(stream, 'sha256').hexdigest()[:32]
+    digest = hashlib.sha256(str(size).encode())
+    digest.update(stream.read(_SAMPLE_BYTES))
+    stream.seek(-_SAMPLE_BYTES, os.SEEK_END)
+    digest.update(stream.read())
+    return digest.hexdigest()[:32]

@@ -92,7 +92,8 @@ def pool_pixels(pixels: Array, video: VideoSpec, spec: CompressorSpec) -> Array:
     spec: strides.
 
   Returns:
-    [B, 1 + temporal_stride_vae*(n - 1), H/p, W/p, 3] for n compressed frames.
+    [B, 1 + temporal_stride_vae*(n - 1), H/p, W/p, 3] for n compressed frames, cut to whole latent
+    cells: of 720 rows pooled to 180, the VAE takes 176. The rest would not fill a patch anyway.
 
   Raises:
     ValueError: not one block of pixels.
@@ -104,6 +105,9 @@ def pool_pixels(pixels: Array, video: VideoSpec, spec: CompressorSpec) -> Array:
   check_shape('pixels', pixels, 'b t y x rgb', t=video.block_frames)
   space = spec.spatial_stride // video.patch[1]
   pixels = einops.reduce(pixels, 'b t (y p) (x q) c -> b t y x c', 'mean', p=space, q=space)
+  cell = video.spatial_stride
+  rows, columns = (size // cell * cell for size in pixels.shape[2:4])
+  pixels = pixels[:, :, :rows, :columns]
   window = video.temporal_stride * spec.temporal_stride
   head = einops.reduce(pixels[:, :window], 'b t y x c -> b 1 y x c', 'mean')
   tail = einops.reduce(pixels[:, window:], 'b (t s) y x c -> b t y x c', 'mean',

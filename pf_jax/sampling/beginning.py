@@ -1,16 +1,17 @@
 """A picture or a video that a run begins with: as commands name it and its files remember it."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from pf_jax import outputs
 from pf_jax.data import media
 from pf_jax.pipeline import Pipeline
 from pf_jax.rollout.beginning import encode_blocks, encode_picture, given_selection
-from pf_jax.sampling.source import file_digest
 from pf_jax.types import VideoSpec
 
 
@@ -25,7 +26,7 @@ class Beginning:
     seconds: longest piece of a video that is used.
 
   Raises:
-    ValueError: an unknown kind.
+    ValueError: an unknown kind, or seconds that are none.
   """
 
   path: str
@@ -36,6 +37,10 @@ class Beginning:
   def __post_init__(self):
     if self.kind not in ('image', 'video'):
       raise ValueError(f'kind={self.kind!r} is unknown; use image or video.')
+    if not 0 < self.seconds < math.inf:
+      raise ValueError(f'seconds={self.seconds} of a video cannot be used; wanted more than 0.')
+    if not 0 <= self.start < math.inf:
+      raise ValueError(f'start={self.start} must be 0 or more seconds into the video.')
 
   def read(self, video: VideoSpec, blocks: int, say: Callable[[str], None]) -> np.ndarray:
     """Reads the frames and says what was done to them.
@@ -81,7 +86,7 @@ class Beginning:
     """
     chosen = {} if self.kind == 'image' else {'start': self.start, 'seconds': self.seconds}
     return {'file': pathlib.Path(self.path).name, 'kind': self.kind,
-            'digest': file_digest(self.path), **chosen}
+            'digest': outputs.file_digest(self.path), **chosen}
 
 
 def blocks_of(frames: np.ndarray, video: VideoSpec) -> int:

@@ -120,7 +120,8 @@ class Plan:
     return json.loads(json.dumps({
         'prompts': self.request.prompts, 'seconds': self.request.seconds,
         'seed': self.request.seed, 'blocks': self.blocks, 'batches': self.batches,
-        'model': self.digests, 'beginning': self.beginning, **self.pipeline.choices}))
+        'model': self.digests, 'sizes': self.source.sizes(), 'beginning': self.beginning,
+        **self.pipeline.choices}))
 
   def write_sidecars(self, index: int, done: int, status: str, **more: Any) -> None:
     """Writes the JSON beside each video of a batch, `done` blocks of which are finished."""

@@ -1,21 +1,19 @@
 """Which model a run samples with, as the run's files remember it."""
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pf_jax import outputs, released
 from pf_jax import pipeline as pipeline_lib
-from pf_jax import released
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.pipeline import Pipeline
 from pf_jax.released import ReleasedWeights
 from pf_jax.rollout.block import RolloutSpec
 from pf_jax.weights import hub, package
 
-_SAMPLE_BYTES = 1 << 20
 _PATHS = ('directory', 'transformer', 'compressor')
 
 
@@ -72,11 +70,17 @@ class ModelSource:
       ValueError, OSError: files that are not there.
     """
     if self.weights is not None:
-      return {f'{path.parent.name}/{path.name}': file_digest(path)
+      return {f'{path.parent.name}/{path.name}': outputs.file_digest(path)
               for path in self.weights.files()}
     directory = pipeline_lib.find_model(self.checkpoint)
-    return {name: file_digest(directory / name)
+    return {name: outputs.file_digest(directory / name)
             for name in (package.SPEC_FILE, package.WEIGHTS_FILE)}
+
+  def sizes(self) -> dict[str, Any] | None:
+    """What a config says about released weights; model directories say it in their own files."""
+    if self.weights is None:
+      return None
+    return {'entry': self.weights.entry, **dataclasses.asdict(self.weights.model)}
 
   def to_json(self) -> dict[str, Any]:
     """What `from_json` reads; paths are made absolute, the packaged model has none."""
@@ -101,23 +105,3 @@ class ModelSource:
       weights = ReleasedWeights(
           **{**weights, 'model': package.from_dict(ModelSpec, weights['model'])})
     return cls(data['checkpoint'], weights)
-
-
-def file_digest(path: str | os.PathLike) -> str:
-  """The first half of a SHA-256: of a whole small file, of a large one's size, start and end.
-
-  Weights of many gigabytes would take longer to hash than to load; other weights differ in their
-  first megabyte.
-  """
-  if os.path.isdir(path):  # an Orbax checkpoint
-    inside = sorted(f'{p} {p.stat().st_size}' for p in pathlib.Path(path).rglob('*'))
-    return hashlib.sha256('\n'.join(inside).encode()).hexdigest()[:32]
-  size = os.path.getsize(path)
-  with open(path, 'rb') as stream:
-    if size <= 64 * _SAMPLE_BYTES:
-      return hashlib.file_digest(stream, 'sha256').hexdigest()[:32]
-    digest = hashlib.sha256(str(size).encode())
-    digest.update(stream.read(_SAMPLE_BYTES))
-    stream.seek(-_SAMPLE_BYTES, os.SEEK_END)
-    digest.update(stream.read())
-    return digest.hexdigest()[:32]

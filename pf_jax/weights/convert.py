@@ -83,27 +83,33 @@ def convert(source: str | os.PathLike, spec: NetworkSpec, output: str | os.PathL
   with outputs.claim_directory(output, say=say) as root:
     mapped, orbax = converted_path(root, target.kind), orbax_path(root, target.kind)
     wanted = {'safetensors': (mapped,), 'orbax': (orbax,), 'both': (mapped, orbax)}[form]
+    # The same conversion, of which only the Orbax form is missing, goes on from there.
+    finished = mapped.exists() and is_converted(mapped) and (
+        read_safetensors(mapped)[1] == metadata(target, opened))
     for path in wanted:
-      if path.exists() and not overwrite:
+      goes_on = path == mapped and finished and orbax in wanted and not orbax.exists()
+      if path.exists() and not overwrite and not goes_on:
         raise outputs.OutputExists(f'{path} exists already; pass --overwrite or choose another '
                                    'directory.')
-    _write(opened, target, mapped, progress, say)
+    working = mapped if mapped in wanted or finished else root / f'{target.kind}.mapped.safetensors'
+    if not finished:
+      _write(opened, target, working, overwrite, progress, say)
     if orbax in wanted:
       from pf_jax.weights import orbax_file  # 2 s that mapped files do without
 
-      orbax_file.save(orbax, map_tensors(mapped), overwrite=overwrite)
-    if mapped not in wanted:
-      mapped.unlink()
+      orbax_file.save(orbax, map_tensors(working), overwrite=overwrite)
+    if working != mapped:
+      working.unlink()
     return wanted
 
 
-def _write(opened: sources.Source, target: Network, path: pathlib.Path,
+def _write(opened: sources.Source, target: Network, path: pathlib.Path, restart: bool,
            progress: Callable[[int], None] | None, say: Callable[[str], None]) -> None:
   """Fills the mapped file, piece by piece."""
   leaves = target.leaves
   writer = SafetensorsWriter(
       path, {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()},
-      metadata(target, opened))
+      metadata(target, opened), restart=restart)
   if writer.resumed:
     say(f'resuming: {writer.resumed} pieces are there already.')
   for piece in target.pieces():
@@ -117,10 +123,11 @@ def _write(opened: sources.Source, target: Network, path: pathlib.Path,
 
 def metadata(target: Network, opened: sources.Source) -> dict[str, str]:
   """What the header says: enough to load the network, and what it was made of."""
-  files = {path.name: path.stat().st_size for path in opened.files}
+  files = {path.name: outputs.file_digest(path) for path in opened.files}
   return {'format': FORMAT, 'version': VERSION, 'kind': target.kind,
           'spec': json.dumps(dataclasses.asdict(target.spec), sort_keys=True),
-          'source': json.dumps(files, sort_keys=True)}
+          'source': json.dumps(files, sort_keys=True),
+          'choices': json.dumps(opened.notes)}  # which entry, for one
 
 
 def is_converted(path: pathlib.Path) -> bool:

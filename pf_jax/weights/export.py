@@ -34,12 +34,14 @@ _PLACES = {'transformer': ('transformer', 'diffusion_pytorch_model.safetensors')
            'vae': ('vae', 'diffusion_pytorch_model.safetensors'),
            'text': ('text_encoder', 'model.safetensors')}
 _DIFFUSERS_VERSION = '0.35.0'  # the first whose Wan classes have every field written here
+# It reads tokenizer.json as it is; T5's own class would add a hundred tokens to it.
+_TOKENIZER = 'PreTrainedTokenizerFast'
 COMPRESSOR = pathlib.PurePath('compressor', 'compressor.safetensors')
 _INDEX = {
     '_class_name': 'WanPipeline', '_diffusers_version': _DIFFUSERS_VERSION,
     'scheduler': ['diffusers', 'UniPCMultistepScheduler'],
     'text_encoder': ['transformers', 'UMT5EncoderModel'],
-    'tokenizer': ['transformers', 'T5TokenizerFast'],
+    'tokenizer': ['transformers', _TOKENIZER],
     'transformer': ['diffusers', 'WanTransformer3DModel'],
     'vae': ['diffusers', 'AutoencoderKLWan']}
 _SCHEDULER = {
@@ -123,7 +125,7 @@ def export_diffusers(models: Models, tokenizer: str | os.PathLike, output: str |
     (root / 'tokenizer').mkdir(exist_ok=True)
     shutil.copyfile(tokenizer, root / 'tokenizer' / 'tokenizer.json')
     outputs.write_json(root / 'tokenizer' / 'tokenizer_config.json', {
-        'tokenizer_class': 'T5TokenizerFast', 'model_max_length': spec.text.max_tokens,
+        'tokenizer_class': _TOKENIZER, 'model_max_length': spec.text.max_tokens,
         'pad_token': '<pad>', 'eos_token': '</s>', 'bos_token': '<s>', 'unk_token': '<unk>'})
     (root / 'scheduler').mkdir(exist_ok=True)
     shift = (choices or {}).get('sampler', {}).get('shift', 5.0)

@@ -1,12 +1,13 @@
 """Downloads of released weights: a pinned revision, and only files that weights are made of.
 
   hub:owner/name@revision        the whole snapshot
-  hub:owner/name@revision/folder one folder of it
+  hub:owner/name@revision/path   one folder or file of it
 
 A revision is a commit's full hash. Branches and tags can move, so that the same command would give
 other weights tomorrow; they are refused. A directory on disk needs none of this.
 """
 
+import fnmatch
 import pathlib
 import re
 from typing import NamedTuple
@@ -69,10 +70,11 @@ def local(source: str) -> pathlib.Path:
     raise WeightsError(f'{source} needs the package huggingface_hub; install it with '
                        '`pip install "pf-jax[hub]"`, or download the weights yourself.') from error
   inside = f'{address.folder}/' if address.folder else ''
+  is_file = any(fnmatch.fnmatch(address.folder, pattern) for pattern in ALLOWED)
+  patterns = [address.folder] if is_file else [inside + pattern for pattern in ALLOWED]
   try:
     snapshot = huggingface_hub.snapshot_download(
-        address.repository, revision=address.revision,
-        allow_patterns=[inside + pattern for pattern in ALLOWED])
+        address.repository, revision=address.revision, allow_patterns=patterns)
   except Exception as error:  # the library has a dozen of its own, of several ancestries
     raise WeightsError(f'{source} could not be downloaded ({type(error).__name__}: '
                        f'{str(error).splitlines()[0] if str(error) else "no reason given"}); check '

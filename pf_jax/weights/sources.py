@@ -101,7 +101,9 @@ def find_files(path: pathlib.Path, kind: str) -> tuple[pathlib.Path, ...]:
 
 
 def _shards(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-  return _complete(folder, sorted(folder.glob('*.safetensors')))
+  # Converted networks bear the names of all kinds; the one that is wanted was looked for before.
+  own = {f'{kind}.safetensors' for kind in (*PLACES, 'compressor')}
+  return _complete(folder, sorted(f for f in folder.glob('*.safetensors') if f.name not in own))
 
 
 def _complete(folder: pathlib.Path, found: Sequence[pathlib.Path]) -> tuple[pathlib.Path, ...]:
@@ -129,6 +131,8 @@ def _complete(folder: pathlib.Path, found: Sequence[pathlib.Path]) -> tuple[path
 def _read(file: pathlib.Path, entry: str | None, notes: list[str]) -> Mapping[str, LazyTensor]:
   """A file's flat dict of tensors."""
   if file.suffix in SAFETENSORS:
+    if entry is not None:
+      raise WeightsError(f'{file} has no entries; leave out {entry=}.')
     return read_safetensors(file)[0]
   if file.suffix not in TORCH:
     raise WeightsError(f'{file} is not a checkpoint; wanted one of '

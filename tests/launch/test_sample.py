@@ -26,7 +26,7 @@ from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.files import BatchFiles
 from pf_jax.sampling.plan import SampleError
 from pf_jax.sampling.record import Record, RecordError
-from pf_jax.sampling.source import ModelSource, file_digest
+from pf_jax.sampling.source import ModelSource
 from pf_jax.viz.video import read_video
 from tests.sampled import (  # noqa: F401 (fixtures are found by pytest)
   Rowwise,
@@ -202,7 +202,7 @@ def test_sidecar(finished, tiny):
   assert (sidecar['seed'], sidecar['blocks'], sidecar['status']) == (5, 9, 'finished')
   assert sidecar['config']['cache']['top_k'] == 1
   assert sidecar['config']['sampler']['steps'] == [1000.0, 500.0]
-  assert sidecar['model'] == {name: file_digest(tiny.directory / name)
+  assert sidecar['model'] == {name: outputs.file_digest(tiny.directory / name)
                               for name in ('model.json', 'model.safetensors')}
 
 

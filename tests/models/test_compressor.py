@@ -35,6 +35,20 @@ def test_pooling_by_hand():
   assert pooled[0, :, 3, 5, 1].tolist() == [3.5, 8.5, 10.5, 12.5, 14.5]
 
 
+@pytest.mark.parametrize(('height', 'width'), [(480, 832), (720, 1280), (464, 848), (112, 208),
+                                               (368, 640)])
+def test_any_multiple_of_16_reaches_the_compressor(height, width):
+  """Of 720 rows pooled to 180 the VAE takes 176: 22 latent rows, 11 patches like the HR branch."""
+  video = VideoSpec(height=height, width=width, latent_channels=16)
+  spec = CompressorSpec(in_channels=16, channels=(32, 128, 512, 2048), width=1536)
+  pooled = jax.eval_shape(lambda x: pool_pixels(x, video, spec),
+                          jax.ShapeDtypeStruct((1, 16, height, width, 3), jnp.float32)).shape
+  assert pooled[2] % 8 == pooled[3] % 8 == 0
+  _, rows, columns = spec.mid_grid(video)
+  assert 2 * rows <= pooled[2] // 8 <= 2 * rows + 1
+  assert 2 * columns <= pooled[3] // 8 <= 2 * columns + 1
+
+
 def test_the_first_block_repeats_its_first_frame():
   video, spec = VideoSpec(height=64, width=64), CompressorSpec()
   pixels = jnp.broadcast_to(jnp.arange(13.0)[None, :, None, None, None], (1, 13, 64, 64, 3))

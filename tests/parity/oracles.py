@@ -23,6 +23,9 @@ with warnings.catch_warnings():
   from diffusers import WanTransformer3DModel
   from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+# From clean to pure noise; among them a few-step student's four at shift 5, two of which are whole.
+TIMESTEPS = (0, 250.25, 625, 833.3333, 937.5, 1000)
+
 # diffusers' name -> Wan2.1's, in order; each pattern replaces a whole part of the name.
 _DIT_RENAMES = (
     (r'^condition_embedder\.text_embedder\.linear_1\.', 'text_embedding.0.'),
@@ -113,7 +116,7 @@ def wan_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
   for name, parameter in model.named_parameters():
     for pattern, replacement in renames:
       name = re.sub(pattern, replacement, name)
-    tensors[name] = parameter.detach().numpy().astype(np.float32)
+    tensors[name] = parameter.detach().float().numpy()
   return tensors
 
 
@@ -232,18 +235,19 @@ def _parts(model: WanTransformer3DModel, **parts: torch.nn.Module):
       setattr(model, name, part)
 
 
-def tiny_wan_transformer(seed: int, *, num_layers: int = 2,
+def tiny_wan_transformer(seed: int, *, num_layers: int = 2, out_channels: int = 6,
                          float64_sinusoid: bool = False) -> WanTransformer3DModel:
-  """Wan's transformer at 3 heads of 16, hidden 80, time 32, text 20, 4 channels in and 6 out.
+  """Wan's transformer at 3 heads of 16, hidden 80, time 32, text 20, 4 channels in.
 
   Args:
     seed: of all weights.
     num_layers: L.
+    out_channels: 6 tells the way out from the way in; a sampler needs 4.
     float64_sinusoid: put a float64 timestep sinusoid into it, for the tighter gate.
   """
   model = WanTransformer3DModel(
       patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=16, in_channels=4,
-      out_channels=6, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=num_layers,
+      out_channels=out_channels, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=num_layers,
       cross_attn_norm=True, qk_norm='rms_norm_across_heads', eps=1e-6, rope_max_seq_len=1024)
   if float64_sinusoid:
     model.condition_embedder.timesteps_proj = _Float64Sinusoid(32)
@@ -278,6 +282,25 @@ def _forward(model, latents, timesteps, text) -> np.ndarray:
                  encoder_hidden_states=torch.tensor(text, dtype=torch.float32),
                  return_dict=False)[0]
   return np.moveaxis(output.numpy(), 1, -1)
+
+
+def window(count: int, *, sink: int, recent: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+  """What each of `count` blocks sees under a sink and a recent window, and where, without gaps.
+
+  Args:
+    count: n blocks.
+    sink: first blocks that stay in view.
+    recent: blocks before a block that are in its view.
+    frames: latent frames of a block.
+
+  Returns:
+    bool [n, n], query block by key block; temporal positions [n, n * frames] of all latent frames
+    as each block sees them (of those out of view, any).
+  """
+  query, key = np.indices((count, count))
+  visible = (key <= query) & ((key < sink) | (key >= query - recent))
+  slots = np.where(visible, np.cumsum(visible, axis=1) - 1, 0)
+  return visible, (frames * slots[..., None] + np.arange(frames)).reshape(count, -1)
 
 
 def masked_causal_oracle(model: WanTransformer3DModel, blocks: Sequence[np.ndarray],

@@ -13,12 +13,13 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+from pf_jax.cache import update
 from pf_jax.kernels import rope
 from pf_jax.models import transformer as transformer_lib
 from pf_jax.types import DTypes
 from pf_jax.weights.networks import from_released
 from tests.models.cached import GATE, SPEC, cache_spec, cached_flows
-from tests.parity import oracles, write_goldens
+from tests.parity import oracles
 
 BF16_GATE = 2e-4  # 1 - cos
 BITES = 10 * GATE
@@ -64,12 +65,35 @@ def test_bfloat16_stays_close():
   assert oracles.angular_error(_flow(model, **_case()), _wanted()) <= BF16_GATE
 
 
-def test_one_timestep_a_sample_equals_the_same_for_every_frame():
-  scalar = np.array([937.5, 250.25], np.float32)
-  wanted = oracles.wan_oracle(_oracle(), **(_case() | {'timesteps': scalar}))
-  per_frame = np.repeat(scalar[:, None], 3, axis=1)
-  ours = _flow(_model(), **(_case() | {'timesteps': per_frame}))
-  assert oracles.relative_error(ours, wanted) <= GATE
+@functools.cache
+def _timestep_case(per_frame):
+  """Six samples, one timestep each, or all of them in turn, frame by frame; and their flows."""
+  rng = np.random.default_rng(16)
+  scalar = np.array(oracles.TIMESTEPS, np.float32)
+  timesteps = np.stack([np.roll(scalar, shift if per_frame else 0) for shift in (0, 1, 3)], axis=1)
+  case = {'latents': rng.standard_normal((6, 3, 6, 10, 4)).astype(np.float32),
+          'text': np.tile(_case()['text'], (3, 1, 1))}
+  wanted = oracles.wan_oracle(_oracle(), **case, timesteps=timesteps if per_frame else scalar)
+  return case | {'timesteps': timesteps}, wanted
+
+
+def _timestep_errors(case, wanted):
+  return np.array([oracles.relative_error(*pair)
+                   for pair in zip(_flow(_model(), **case), wanted, strict=True)])
+
+
+@pytest.mark.parametrize('per_frame', [False, True])
+def test_every_timestep_matches_diffusers(per_frame):
+  assert _timestep_errors(*_timestep_case(per_frame)).max() <= GATE
+
+
+@pytest.mark.parametrize('per_frame', [False, True])
+def test_gate_fails_truncated_timesteps(per_frame):
+  """At every timestep that is not a whole number, and at no other."""
+  case, wanted = _timestep_case(per_frame)
+  timesteps = case['timesteps']
+  errors = _timestep_errors(case | {'timesteps': np.trunc(timesteps)}, wanted)
+  np.testing.assert_array_equal(errors > BITES, (timesteps % 1 > 0).any(axis=1))
 
 
 def test_library_reads_our_names_the_same_way():
@@ -92,8 +116,7 @@ def _causal_case():
   for count in range(1, 7):
     timesteps = np.zeros((2, 2 * count), np.float32)
     timesteps[:, -2:] = 937.5
-    visible, slots = write_goldens.window(count, sink=1, recent=2)
-    positions = (2 * slots[..., None] + np.arange(2)).reshape(count, -1)
+    visible, positions = oracles.window(count, sink=1, recent=2, frames=2)
     flows.append(oracles.masked_causal_oracle(_oracle(), blocks[:count], timesteps, case['text'],
                                               visible=visible, positions=positions))
   return case, np.stack(flows)
@@ -190,11 +213,6 @@ def test_gate_fails_text_without_its_zero_rows():
   assert oracles.relative_error(_flow(_model(), **case), _wanted()) > BITES
 
 
-def test_gate_fails_truncated_timesteps():
-  case = _case() | {'timesteps': np.trunc(_case()['timesteps'])}
-  assert oracles.relative_error(_flow(_model(), **case), _wanted()) > BITES
-
-
 def test_gate_fails_one_timestep_for_all_frames():
   case = _case() | {'timesteps': np.repeat(_case()['timesteps'][:, -1:], 3, axis=1)}
   assert oracles.relative_error(_flow(_model(), **case), _wanted()) > BITES
@@ -247,3 +265,43 @@ def test_selected_blocks_through_the_cache_match_diffusers(choices, oracle_choic
       _oracle(), blocks, case['compressed'], case['offsets'], case['timestep'], case['text'],
       sink_blocks=1, recent_blocks=1, selected=other, **oracle_choices)
   assert oracles.relative_error(flows[-1], elsewhere) > BITES
+
+
+@functools.cache
+def _evicting_case():
+  """Three archived blocks are kept of the five that leave the recent one; K = 2."""
+  case = _pack_case()
+  spec = cache_spec(sink_blocks=1, recent_blocks=1, top_k=2, mid_capacity=3)
+  flows, selected = cached_flows(_model(), case, spec)
+  blocks = np.split(case['latents'], 8, axis=1)
+  wanted = np.stack([oracles.pack_oracle(
+      _oracle(), blocks[:count], case['compressed'][:count - 1], case['offsets'], case['timestep'],
+      case['text'], sink_blocks=1, recent_blocks=1, selected=selected)
+      for count in range(1, 9)])
+  return case, spec, flows, selected, wanted
+
+
+def test_blocks_that_left_a_full_archive_match_diffusers():
+  case, spec, flows, selected, wanted = _evicting_case()
+  assert oracles.relative_error(flows, wanted) <= GATE
+  assert selected[6].min() >= 2, 'block 1 has been evicted'
+  assert selected[7].min() >= 3, 'blocks 1 and 2 have been evicted'
+  roomy, earlier = cached_flows(_model(), case, dataclasses.replace(spec, mid_capacity=8))
+  assert earlier[7].min() < 3, 'a larger archive would still have been asked for them'
+  assert oracles.relative_error(roomy[7], wanted[7]) > BITES
+
+
+def test_gate_fails_an_archive_that_keeps_its_oldest(monkeypatch):
+  """Full, it drops what comes instead of what it has had longest."""
+  case, spec, _, selected, wanted = _evicting_case()
+  right = update._age
+
+  def age(layers, block, spec):
+    full = block - spec.recent_blocks - spec.sink_blocks >= spec.mid_capacity
+    return jax.tree.map(lambda old, new: jnp.where(full, old, new), layers,
+                        right(layers, block, spec))
+
+  monkeypatch.setattr(update, '_age', age)
+  flows, _ = cached_flows(_model(), case, spec, selected)
+  assert oracles.relative_error(flows[:6], wanted[:6]) <= GATE, 'nothing is evicted yet'
+  assert oracles.relative_error(flows[6:], wanted[6:]) > BITES

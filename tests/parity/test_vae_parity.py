@@ -93,6 +93,66 @@ def test_streamed_pixels_match_diffusers():
   assert relative_error(_decode_in_pieces(vae, latents), wanted) <= GATE
 
 
+@functools.cache
+def _long_case():
+  """A small VAE with latent statistics: 49 pixel frames of 24x40, 13 latent frames of 3x5.
+
+  Eight channels at least: over four, the norms of random networks come too close to zero.
+  """
+  spec = vae_lib.VaeSpec(base_width=8, latent_channels=2, width_multipliers=(1, 2, 2, 2),
+                         num_res_blocks=1, latent_mean=(0.4, -0.7), latent_std=(1.6, 0.6))
+  model = vae_oracle.tiny_wan_vae(2, base=8, channels=2, multipliers=(1, 2, 2, 2), res_blocks=1,
+                                  mean=spec.latent_mean, std=spec.latent_std)
+  model.decoder.conv_out.weight.data *= 0.2
+  rng = np.random.default_rng(3)
+  pixels = rng.uniform(-1, 1, (1, 49, 24, 40, 3)).astype(np.float32)
+  latents = rng.standard_normal((1, 13, 3, 5, 2)).astype(np.float32)
+  mean, std = np.float32(model.config.latents_mean), np.float32(model.config.latents_std)
+  return (from_released(vae_oracle.vae_tensors(model), spec), pixels, latents,
+          (vae_oracle.encode(model, pixels)[0] - mean) / std,
+          vae_oracle.decode(model, latents * std + mean))
+
+
+@functools.cache
+def _compiled(name):
+  return jax.jit(getattr(vae_lib.WanVae, name))
+
+
+def _streamed(verb, vae, array, sizes):
+  """`encode` or `decode` in pieces of the given numbers of frames."""
+  assert sum(sizes) == array.shape[1]
+  first, *rest = np.split(array, np.cumsum(sizes)[:-1], axis=1)
+  out, state = _compiled(f'{verb}_first')(vae, first)
+  outs = [out]
+  for piece in rest:
+    out, state = _compiled(f'{verb}_next')(vae, state, piece)
+    outs.append(out)
+  return np.concatenate(outs, axis=1)
+
+
+@pytest.mark.parametrize('sizes', [
+    (1, *12 * [4]), (1, *6 * [8]), (1, *3 * [16]), (5, 4, 16, 8, 4, 4, 8)], ids=str)
+def test_means_do_not_depend_on_pixel_frames_per_call(sizes):
+  vae, pixels, _, wanted, _ = _long_case()
+  assert relative_error(_streamed('encode', vae, pixels, sizes), wanted) <= GATE
+
+
+@pytest.mark.parametrize('sizes', [
+    13 * (1,), (1, *6 * [2]), (1, *4 * [3]), (1, *3 * [4]), (1, 5, 5, 2), (2, 1, 4, 5, 1)], ids=str)
+def test_pixels_do_not_depend_on_latent_frames_per_call(sizes):
+  vae, _, latents, _, wanted = _long_case()
+  assert relative_error(_streamed('decode', vae, latents, sizes), wanted) <= GATE
+
+
+@pytest.mark.parametrize('wrong', [dict(latent_mean=()), dict(latent_std=())])
+def test_gate_fails_missing_latent_statistics(wrong):
+  vae, *case = _long_case()
+  pixels, latents, means, frames = (array[:, :1] for array in case)
+  other = from_released(to_released(vae), dataclasses.replace(vae.spec, **wrong))
+  assert relative_error(_compiled('encode')(other, pixels), means) > BITES
+  assert relative_error(_compiled('decode')(other, latents), frames) > BITES
+
+
 def test_bfloat16_stays_close():
   model, _, pixels, latents, (mean, _), wanted = _case()
   vae = from_released(vae_oracle.vae_tensors(model), dataclasses.replace(

@@ -28,12 +28,13 @@ _RENAMES = (
 
 
 def tiny_wan_vae(seed: int, base: int = 8, channels: int = 4,
-                 multipliers: Sequence[int] = (1, 2, 4, 4), res_blocks: int = 2):
-  """The Wan VAE at a small width, latents not normalised."""
+                 multipliers: Sequence[int] = (1, 2, 4, 4), res_blocks: int = 2,
+                 mean: Sequence[float] = (), std: Sequence[float] = ()):
+  """The Wan VAE at a small width; `mean` and `std` of latents are only told, not used, by it."""
   return randomise(AutoencoderKLWan(
       base_dim=base, z_dim=channels, dim_mult=list(multipliers), num_res_blocks=res_blocks,
-      temperal_downsample=[False, True, True], latents_mean=[0.0] * channels,
-      latents_std=[1.0] * channels), seed)
+      temperal_downsample=[False, True, True], latents_mean=list(mean) or [0.0] * channels,
+      latents_std=list(std) or [1.0] * channels), seed)
 
 
 def vae_tensors(model) -> dict[str, np.ndarray]:
@@ -49,7 +50,7 @@ def vae_tensors(model) -> dict[str, np.ndarray]:
     name = re.sub(r'\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.', flatten, name)
     for pattern, replacement in _RENAMES:
       name = re.sub(pattern, replacement, name)
-    tensors[name] = parameter.detach().numpy().astype(np.float32)
+    tensors[name] = parameter.detach().float().numpy()
   return tensors
 
 

@@ -1,18 +1,21 @@
 """Writes tests/goldens/*.npz: oracle cases that plain `make test` replays without torch.
 
-Run by hand when a case changes: `.venv-parity/bin/python -m tests.parity.write_goldens`.
+Run by hand when a case changes: `.venv-parity/bin/python -m tests.parity.write_goldens [NAME ...]`.
 `test_goldens.py` checks that the stored files still are what the oracles say.
 
 Every file holds `weights/<Wan2.1's original name>` and the arrays of its cases, float32. Weights
-are stored once per model: `dit_causal.npz` and `dit_pack.npz` use those of `dit.npz`.
+are stored once per model: `dit_causal.npz` and `dit_pack.npz` use those of `dit.npz`. Only
+`sampler.npz` has two networks, `transformer/...` and `vae/...`.
 """
 
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from tests.parity import oracles, vae_oracle
+from tests.parity import oracles, sampler_oracle, vae_oracle
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / 'goldens'
 LARGEST = 600_000  # bytes a file, so that the repository stays small
@@ -44,21 +47,22 @@ def _inputs(frames: int) -> Arrays:
 
 
 def dit_case() -> Arrays:
-  """The bidirectional transformer: one timestep a sample, and one a frame."""
+  """The bidirectional transformer at `oracles.TIMESTEPS`, both samples at each.
+
+  `flow` [6, B, F, h, w, C']: one timestep for all frames; `frame_flow`: all of them in turn, frame
+  by frame, as `frame_timesteps` [6, F] says.
+  """
   model, inputs = _dit(), _inputs(frames=3)
-  scalar = np.array([937.5, 250.25], np.float32)
-  per_frame = np.array([[0, 0, 937.5], [625, 833.3333, 1000]], np.float32)
+  timesteps = np.array(oracles.TIMESTEPS, np.float32)
+  per_frame = np.stack([np.roll(timesteps, shift) for shift in (0, 1, 3)], axis=1)
+
+  def flows(timesteps):
+    return np.stack([oracles.wan_oracle(model, **inputs, timesteps=np.stack([t, t]))
+                     for t in timesteps])
+
   return _weights(model) | inputs | {
-      'timesteps': scalar, 'flow': oracles.wan_oracle(model, **inputs, timesteps=scalar),
-      'frame_timesteps': per_frame,
-      'frame_flow': oracles.wan_oracle(model, **inputs, timesteps=per_frame)}
-
-
-def window(count: int, *, sink: int, recent: int) -> tuple[np.ndarray, np.ndarray]:
-  """Blocks in view of each block: bool [n, n], and the packed slot of each block, int [n, n]."""
-  query, key = np.indices((count, count))
-  visible = (key <= query) & ((key < sink) | (key >= query - recent))
-  return visible, np.where(visible, np.cumsum(visible, axis=1) - 1, 0)
+      'timesteps': timesteps, 'flow': flows(timesteps),
+      'frame_timesteps': per_frame, 'frame_flow': flows(per_frame)}
 
 
 def causal_case() -> Arrays:
@@ -73,8 +77,7 @@ def causal_case() -> Arrays:
   for count in range(1, 7):
     timesteps = np.zeros((2, 2 * count), np.float32)
     timesteps[:, -2:] = 937.5
-    visible, slots = window(count, sink=1, recent=2)
-    packed = (2 * slots[..., None] + np.arange(2)).reshape(count, -1)
+    visible, packed = oracles.window(count, sink=1, recent=2, frames=2)
     cases = ({}, {'visible': visible}, {'visible': visible, 'positions': packed})
     for flow, case in zip(flows.values(), cases, strict=True):
       flow.append(oracles.masked_causal_oracle(model, blocks[:count], timesteps, inputs['text'],
@@ -112,19 +115,20 @@ def pack_case() -> Arrays:
 
 
 CASES = {'text': text_case, 'dit': dit_case, 'dit_causal': causal_case, 'dit_pack': pack_case,
-         'vae': vae_oracle.vae_case}
+         'vae': vae_oracle.vae_case, 'sampler': sampler_oracle.sampler_case}
 
 
 def _weights(model: torch.nn.Module) -> Arrays:
   return {f'weights/{name}': array for name, array in oracles.wan_tensors(model).items()}
 
 
-def main():
-  """Writes all files."""
+def main(names: Sequence[str]):
+  """Writes the named files, or all."""
   torch.set_grad_enabled(False)
-  for name, case in CASES.items():
+  torch.set_num_threads(1)
+  for name in names or CASES:
     path = GOLDENS / f'{name}.npz'
-    np.savez_compressed(path, **case())
+    np.savez_compressed(path, **CASES[name]())
     size = path.stat().st_size
     print(f'{path.relative_to(GOLDENS.parent.parent)}: {size:,} bytes')
     if size > LARGEST:
@@ -132,4 +136,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -84,6 +84,44 @@ def test_an_interrupted_conversion_goes_on(models, wan, tmp_path, monkeypatch):
   assert_same(load_network(tmp_path, SPEC.transformer), models.transformer)
 
 
+def test_an_interruption_before_the_orbax_form_goes_on(models, wan, tmp_path):
+  convert.convert(wan, SPEC.vae, tmp_path)  # as far as a killed 'both' got
+  before = (tmp_path / 'vae.safetensors').stat().st_mtime_ns
+  convert.convert(wan, SPEC.vae, tmp_path, form='both')
+  assert (tmp_path / 'vae.safetensors').stat().st_mtime_ns == before
+  assert_same(load_network(tmp_path / 'vae.orbax', SPEC.vae), models.vae)
+
+
+def test_the_orbax_form_alone_spares_a_finished_file(models, wan, tmp_path):
+  convert.convert(wan, SPEC.vae, tmp_path)
+  convert.convert(wan, SPEC.vae, tmp_path, form='orbax')
+  assert_same(load_network(tmp_path / 'vae.safetensors', SPEC.vae), models.vae)
+
+
+def test_two_sources_are_never_mixed(models, tmp_path, monkeypatch):
+  """Another entry of the same file, and another file of the same name and size."""
+  path = checkpoints.write_self_forcing(tmp_path / 'dmd.pt', models, random_models(SPEC, 2))
+  read, count = networks.read_piece, [0]
+
+  def interrupted(tensors, piece):
+    count[0] += 1
+    if count[0] == 20:
+      raise KeyboardInterrupt
+    return read(tensors, piece)
+
+  monkeypatch.setattr(networks, 'read_piece', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    convert.convert(path, SPEC.transformer, tmp_path / 'out', entry='generator')
+  count[0] = 100
+  with pytest.raises(WeightsError, match='was begun with other tensors or from another source'):
+    convert.convert(path, SPEC.transformer, tmp_path / 'out')
+  checkpoints.write_self_forcing(tmp_path / 'dmd.pt', random_models(SPEC, 3), models)
+  with pytest.raises(WeightsError, match='was begun with other tensors or from another source'):
+    convert.convert(path, SPEC.transformer, tmp_path / 'out', entry='generator')
+  convert.convert(path, SPEC.transformer, tmp_path / 'out', overwrite=True)
+  assert_same(load_network(tmp_path / 'out', SPEC.transformer), models.transformer)
+
+
 def test_nothing_is_written_for_weights_that_do_not_fit(wan, tmp_path):
   with pytest.raises(WeightsError, match='holds a VAE; wanted a transformer'):
     convert.convert(wan / 'Wan2.1_VAE.pth', SPEC.transformer, tmp_path / 'out')
@@ -124,7 +162,7 @@ def test_the_header_says_what_it_was_made_of(wan, tmp_path):
   (path,) = convert.convert(wan, SPEC.text, tmp_path)
   header = convert.read_safetensors(path)[1]
   source = wan / 'models_t5_umt5-xxl-enc-bf16.pth'
-  assert json.loads(header['source']) == {source.name: source.stat().st_size}
+  assert json.loads(header['source']) == {source.name: outputs.file_digest(source)}
   assert json.loads(header['spec'])['width'] == SPEC.text.width
 
 

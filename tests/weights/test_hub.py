@@ -1,5 +1,6 @@
 """Addresses of the hub, without a network: what is asked of the library, and what is refused."""
 
+import fnmatch
 import pathlib
 import sys
 import types
@@ -22,6 +23,21 @@ def fake_library(monkeypatch, download):
 def test_paths_are_left_alone(monkeypatch):
   fake_library(monkeypatch, lambda *a, **k: pytest.fail('asked the hub'))
   assert hub.local('weights/Wan2.1') == pathlib.Path('weights/Wan2.1')
+
+
+def test_one_file_is_asked_for_by_its_name(monkeypatch, tmp_path):
+  def download(repository, *, revision, allow_patterns):
+    for name in ('checkpoints/self_forcing_dmd.pt', 'checkpoints/ode_init.pt'):
+      if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    return str(tmp_path)
+
+  fake_library(monkeypatch, download)
+  got = hub.local(f'hub:gdhe17/Self-Forcing@{COMMIT}/checkpoints/self_forcing_dmd.pt')
+  assert got == tmp_path / 'checkpoints' / 'self_forcing_dmd.pt'
+  assert got.is_file()
+  assert not (tmp_path / 'checkpoints' / 'ode_init.pt').exists()
 
 
 def test_a_pinned_snapshot_of_allowed_files(monkeypatch, tmp_path):

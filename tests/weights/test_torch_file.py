@@ -198,7 +198,7 @@ PICKLES = {
         b'\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_tensor_v2.__globals__\x93.', {},
         "names 'torch._utils._rebuild_tensor_v2.__globals__'"),
     'name to fool a terminal': (
-        b'\x80\x04\x8c\x05\xe2\x80\xaea\n\x8c\x01b\x93.', {}, r"names '\\u202ea\\n\.b'"),
+        b'\x80\x04\x8c\x06\xe2\x80\xae\xc3\xa9\n\x8c\x01b\x93.', {}, r"names '\\u202e\\xe9\\n\.b'"),
     'torch function': (Global('torch.storage._load_from_bytes'), {},
                        "names 'torch.storage._load_from_bytes'"),
     'fp8': (Global('torch._utils._rebuild_tensor_v3'), {}, 'holds fp8 or another dtype .* convert'),
