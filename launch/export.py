@@ -39,6 +39,9 @@ def _export() -> int:
           OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print('interrupted; --overwrite writes it anew.', file=sys.stderr)
+    return 130
   print(f'wrote {root}.')
   return 0
 

@@ -106,6 +106,8 @@ def _beginning(args: Any) -> Any:
 
 
 def _run(request: Any, spec: Any, args: Any) -> int:
+  import jax
+
   from pf_jax import outputs
   from pf_jax.models.bundle import ModelSpec
   from pf_jax.released import ReleasedWeights
@@ -129,6 +131,10 @@ def _run(request: Any, spec: Any, args: Any) -> int:
   except (SampleError, budget.DoesNotFit, outputs.NotWritable, outputs.DirectoryInUse,
           OSError) as error:
     print(f'error: {error}', file=sys.stderr)
+    return 1
+  except jax.errors.JaxRuntimeError as error:  # mostly memory that runs out while it runs
+    print(f'error: {str(error).splitlines()[0]}; see --dry_run --target for what it takes.',
+          file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print('interrupted; finished blocks, if any, play and --resume continues.', file=sys.stderr)

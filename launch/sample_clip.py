@@ -47,6 +47,9 @@ def _sample() -> int:
   except (ValueError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print('interrupted; nothing was kept.', file=sys.stderr)
+    return 130
   print(f'wrote {path}.')
   return 0
 

@@ -33,7 +33,7 @@ class Budget:
     context: packed history of one layer, working memory.
     decoder: the VAE decoder's temporal state.
     kept: latents of the recent blocks, kept for a change of prompt.
-    text: cross-attention keys and values of one prompt.
+    text: cross-attention keys and values of all prompts of a video.
     scratch: temporary memory of the largest program; None if it was not compiled.
     latents_file: on disk, all latents and selections of the videos while they are made.
   """
@@ -72,7 +72,7 @@ class Budget:
     rows += [(f'cache: {name}', size) for name, size in self.cache.items()]
     rows += [('cache, all partitions', sum(self.cache.values())),
              ('packed context of one layer', self.context), ('VAE decoder state', self.decoder),
-             ('kept latents', self.kept), ('text keys/values of a prompt', self.text)]
+             ('kept latents', self.kept), ('text keys/values of all prompts', self.text)]
     if self.scratch is not None:
       rows.append(('scratch of the largest program, packed context included', self.scratch))
     rows += [('peak while prompts are encoded', self.text_phase),
@@ -101,7 +101,7 @@ class Budget:
                      f'{remedy}.')
 
 
-def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int,
+def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int, texts: int = 1,
            scratch: int | None = None) -> Budget:
   """Adds up what a run takes.
 
@@ -110,6 +110,7 @@ def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int,
     spec: cache and sampler.
     batch: videos that advance in lockstep.
     blocks: length of all videos together, for the latents on disk.
+    texts: most texts of a video; their keys and values stay until it is finished.
     scratch: of the largest program, where it was compiled.
   """
   models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)))
@@ -124,7 +125,7 @@ def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int,
       networks={name: tree_bytes(module) for name, module in networks.items()},
       cache=spec.cache.partition_bytes(batch), context=spec.cache.context_bytes(batch),
       decoder=tree_bytes(state.decoder),
-      kept=tree_bytes((state.recent_latents, state.recent_lr)), text=tree_bytes(text),
+      kept=tree_bytes((state.recent_latents, state.recent_lr)), text=texts * tree_bytes(text),
       scratch=scratch, latents_file=blocks * (latents + selected))
 
 

@@ -102,6 +102,7 @@ def run(weights: ReleasedWeights, prompt: str, seed: int, spec: ClipSpec,
   with outputs.claim_directory(output, say=say) as root:
     name = outputs.output_name(0, prompt)
     path = outputs.output_path(root, f'{name}.mp4', overwrite=overwrite)
+    outputs.output_path(root, f'{name}.png', overwrite=overwrite)
     pipeline = released.load(weights, texts=(prompt, negative_prompt), say=say)
     begun = time.perf_counter()
     latents = jax.block_until_ready(sample(pipeline, prompt, negative_prompt, seed, spec))
@@ -132,7 +133,7 @@ def _write(pipeline: Pipeline, latents: Array, prompt: str, path: pathlib.Path, 
       frames, state = first(vae, piece) if state is None else following(vae, state, piece)
       writer.write(np.asarray(frames)[0])
       pictures.add(np.asarray(frames))
-  pictures.save(path.with_name('contact_sheet.png'))
+  pictures.save(path.with_suffix('.png'))
   return total
 
 

@@ -61,7 +61,7 @@ def dry_run(request: Request, spec: SampleSpec, source: ModelSource, *,
   blocks, batch = model.video.blocks_for_seconds(request.seconds), max(map(len, batches))
   scratch = None if target is None else planned_scratch(model, rollout, batch, target, say)
   plan = budget_lib.budget(model, rollout, batch=batch, blocks=blocks * len(request.prompts),
-                           scratch=scratch)
+                           texts=max(len(s.texts) for s in request.schedules), scratch=scratch)
   video = model.video
   say(f'{len(request.prompts)} video(s) of {blocks} blocks, {video.pixel_frames(blocks)} frames of '
       f'{video.width}x{video.height} at {video.fps} fps, {batch} at a time')
@@ -77,7 +77,11 @@ def dry_run(request: Request, spec: SampleSpec, source: ModelSource, *,
   else:
     available, where = budget_lib.device_memory()
   plan.check(available, where)
-  say(f'fits into the {available / 1e9:.1f} GB of {where}.')
+  if scratch is None:
+    say(f'fits into the {available / 1e9:.1f} GB of {where} if the programs\' scratch stays below '
+        f'{(available - plan.video_phase) / 1e9:.1f} GB; --target=h200 compiles to say.')
+  else:
+    say(f'fits into the {available / 1e9:.1f} GB of {where}.')
   return plan
 
 

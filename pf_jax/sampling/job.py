@@ -113,7 +113,9 @@ def _load(request: Request, spec: SampleSpec, source: ModelSource, beginning: Be
     model, rollout = source.specs(cache, sampler)
     blocks = model.video.blocks_for_seconds(request.seconds)
     budget.budget(model, rollout, batch=max(map(len, batches)),
-                  blocks=blocks * len(request.prompts)).check(*budget.device_memory())
+                  blocks=blocks * len(request.prompts),
+                  texts=max(len(s.texts) for s in request.schedules),
+                  ).check(*budget.device_memory())
     given = None if beginning is None else beginning.read(model.video, blocks, say)
     pipeline = source.load(cache, sampler, texts=texts, say=say)
   except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type

@@ -155,8 +155,9 @@ def load_converted(path: pathlib.Path, spec: NetworkSpec) -> Any:
                        f'wanted {target.kind!r} in version {VERSION!r}; convert it again.')
   _check_sizes(path, json.loads(header['spec']), spec)
   _check_leaves(path, {name: tensor.shape for name, tensor in tensors.items()}, target)
+  # Cast on the host: JAX would compile a program for every shape.
   return jax.tree_util.tree_map_with_path(
-      lambda p, leaf: jnp.asarray(tensors[dotted(p)].read(), leaf.dtype), target.shapes)
+      lambda p, leaf: jnp.asarray(tensors[dotted(p)].read().astype(leaf.dtype)), target.shapes)
 
 
 def _check_sizes(path: pathlib.Path, stored: dict[str, Any], spec: NetworkSpec) -> None:

@@ -134,8 +134,9 @@ def _fill(shapes: M, data: bytes, path: str | os.PathLike) -> M:
   problems += [f'{name} is not finite' for name in _not_finite(floats)]
   if problems:
     raise PackageError(f'{path} does not fit the model: ' + '; '.join(problems) + '.')
+  # Cast on the host: JAX would compile a program for every shape.
   return jax.tree_util.tree_map_with_path(
-      lambda p, leaf: jnp.asarray(tensors[dotted(p)], leaf.dtype), shapes)
+      lambda p, leaf: jnp.asarray(tensors[dotted(p)].astype(leaf.dtype)), shapes)
 
 
 def save_vae(directory: str | os.PathLike, vae: WanVae, spec: VaeSpec) -> None:

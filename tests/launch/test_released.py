@@ -119,6 +119,11 @@ def test_dry_run_counts_the_full_size_and_refuses_what_cannot_fit():
                      ('text (5,680,910,336 parameters)', 11_362_2e5)):
     assert f'{size / 1e9:.4f} GB' in lines[name], lines[name]
   assert '27,872 keys per query from block 19 on' in done.stdout
+  assert "if the programs' scratch stays below 127.7 GB" in done.stdout
+  switches = launch('sample', CONFIG, '--prompt=a | 3: b | 9: c', '--dry_run', '--memory_gb=141')
+  # 512 rows x 184,320 bytes over all layers, for each of three texts.
+  (line,) = (line for line in switches.stdout.splitlines() if line.startswith('text keys/values'))
+  assert line.endswith(f'{3 * 512 * 184_320 / 1e9:.4f} GB'), line
   small = launch('sample', CONFIG, '--prompt=a', '--dry_run', '--memory_gb=12')
   assert small.returncode == 1
   assert small.stderr.startswith('error: 13.3 GB are needed, the device has 12.0 GB; lower cache.')
