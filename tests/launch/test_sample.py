@@ -178,8 +178,9 @@ def test_measurements(finished, tiny):
   assert metrics['cache_bytes_constant'] is True
   assert metrics['context_bytes'] == (24 + 24 + 2) * 384 / 2  # of one layer
   assert metrics['compilations_after_block_1'] == 0
-  assert set(metrics['compile_seconds_of']) == {'text', 'init', 'denoise', 'first', 'steady',
-                                                'switch'}
+  # Programs are shared within a process: one for pictures may have been added by another test.
+  assert set(metrics['compile_seconds_of']) - {'picture'} == {
+      'text', 'init', 'denoise', 'first', 'steady', 'switch'}
   assert metrics['seconds_per_block']['early'] is None  # fewer than 20 blocks
   assert 0 < metrics['seconds_per_block']['median'] < 10
   assert metrics['peak_memory_bytes'] > 50e6
