@@ -33,6 +33,7 @@ REQUIRED = [
     'jax>=0.10.2,<0.13',
     'matplotlib>=3.9',
     'ml-collections>=1.0',
+    'ml_dtypes>=0.5',
     'numpy>=2.0',
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12',

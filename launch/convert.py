@@ -48,13 +48,14 @@ def _convert() -> int:
 
   from pf_jax import outputs
   from pf_jax.progress import Progress
-  from pf_jax.weights import convert, hub
+  from pf_jax.weights import convert, hub, networks, sources
   from pf_jax.weights.tensors import WeightsError
 
   spec = _spec(args.model, args.dtype)
   progress = Progress(convert.pieces_of(spec), unit='tensor', every_s=10)
   try:
-    written = convert.convert(hub.local(args.source), spec, args.output, entry=args.entry,
+    source = hub.local(args.source, wanted=sources.patterns(networks.kind_of(spec)))
+    written = convert.convert(source, spec, args.output, entry=args.entry,
                               form=args.format, overwrite=args.overwrite,
                               progress=progress.update, say=progress.say)
   except (WeightsError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:

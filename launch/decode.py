@@ -15,6 +15,9 @@ flags.DEFINE_string('latents', None, 'Directory of the sampling run.')
 flags.DEFINE_string('output', None, 'Directory of the videos.')
 flags.DEFINE_string(
     'checkpoint', None, 'The model that sampled them; default: where it was then.')
+flags.DEFINE_string('weights', None, 'Released weights that sampled them, likewise.')
+flags.DEFINE_string('transformer', None, 'Their transformer, if it was another file.')
+flags.DEFINE_string('compressor', None, 'Their compressor, likewise.')
 flags.DEFINE_bool('overwrite', False, 'Replace files of the same names.')
 
 
@@ -22,13 +25,13 @@ def _decode() -> int:
   from pf_jax import outputs
   from pf_jax.sampling import decode
   from pf_jax.sampling.plan import SampleError
-  from pf_jax.sampling.source import ModelSource
 
   args = flags.FLAGS
-  source = ModelSource(args.checkpoint) if args.checkpoint else None
+  given = {'checkpoint': args.checkpoint, 'directory': args.weights,
+           'transformer': args.transformer, 'compressor': args.compressor}
   try:
-    videos = decode.decode(args.latents, args.output, source=source,
-                           overwrite=args.overwrite)
+    videos = decode.decode(args.latents, args.output, overwrite=args.overwrite,
+                           moved={name: path for name, path in given.items() if path})
   except (SampleError, outputs.NotWritable, outputs.DirectoryInUse, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

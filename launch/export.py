@@ -2,7 +2,8 @@
 
   python -m launch.export --format=diffusers --checkpoint=DIR --output=DIR
 
-What it writes is described in `pf_jax.weights.export`.
+What it writes is described in `pf_jax.weights.export`. The directory holds the whole export or what
+was there before, whenever it is looked at.
 """
 
 import sys
@@ -31,6 +32,7 @@ def _export() -> int:
   from pf_jax.weights.tensors import WeightsError
 
   try:
+    export.check_output(args.output, overwrite=args.overwrite)  # before gigabytes are read
     directory = pipeline.find_model(args.checkpoint)
     loaded = package.load_model(directory)
     root = export.export_diffusers(loaded.models, pipeline.find_tokenizer(directory), args.output,
@@ -39,8 +41,9 @@ def _export() -> int:
           OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print('interrupted; --overwrite writes it anew.', file=sys.stderr)
+  except KeyboardInterrupt as error:
+    # It has something to say if it came when everything was done.
+    print(f'interrupted; {str(error) or f"{args.output} is as it was"}.', file=sys.stderr)
     return 130
   print(f'wrote {root}.')
   return 0

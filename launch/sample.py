@@ -13,6 +13,7 @@ Released weights (Wan2.1, Self-Forcing) are sampled with the configs of configs/
     --transformer=self_forcing_dmd.pt --prompt="..." --seconds=120 --output=runs/wan
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -50,10 +51,13 @@ _BESIDE_WEIGHTS = ('transformer', 'entry', 'compressor')
 def _check_flags(args: Any) -> None:
   if (args.prompt is None) == (args.prompts is None):
     raise ConfigError('give either --prompt="..." or --prompts=FILE.')
-  if args.output is None and not args.dry_run:
+  if not args.output and not args.dry_run:
     raise ConfigError('--output=... is missing; see --help.')
   if args.overwrite and args.resume:
     raise ConfigError('--resume continues a run and --overwrite starts again; give one of them.')
+  for name in ('init_start', 'init_seconds'):
+    if flags.FLAGS[name].present and args.init_video is None:
+      raise ConfigError(f'--{name} chooses a piece of --init_video, which is missing.')
   if args.init_image is not None and args.init_video is not None:
     raise ConfigError('a video begins with --init_image or with --init_video; give one of them.')
   if not args.dry_run and (args.target is not None or args.memory_gb is not None):
@@ -119,14 +123,14 @@ def _run(request: Any, spec: Any, args: Any) -> int:
   weights = None
   if args.weights is not None and model is not None:
     weights = ReleasedWeights(args.weights, model, args.transformer, args.entry, args.compressor)
-  source = ModelSource(args.checkpoint, weights)
+  source, beginning = ModelSource(args.checkpoint, weights, model), _beginning(args)
   try:
     if args.dry_run:
-      dry_run.dry_run(request, spec, source, model=model,
-                      memory=int(args.memory_gb * 1e9) if args.memory_gb else None,
-                      target=args.target)
+      dry_run.dry_run(request, spec, source, output=pathlib.Path(args.output or '.'),
+                      beginning=beginning, target=args.target,
+                      memory=int(args.memory_gb * 1e9) if args.memory_gb else None)
       return 0
-    result = job.run(request, spec, args.output, source=source, beginning=_beginning(args),
+    result = job.run(request, spec, args.output, source=source, beginning=beginning,
                      overwrite=args.overwrite, resume=args.resume, save_latents=args.save_latents)
   except (SampleError, budget.DoesNotFit, outputs.NotWritable, outputs.DirectoryInUse,
           OSError) as error:

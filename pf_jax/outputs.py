@@ -1,4 +1,4 @@
-"""Output directories: who may write there, under which names, and how a file appears whole.
+"""Output directories: who may write there, under which names, and how files appear whole.
 
 Standard library only, so every layer may use it and nothing here costs import time.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import tempfile
 import unicodedata
@@ -127,8 +128,9 @@ def _acquire(stream: IO[str]) -> bool:
   """Takes the kernel's lock; without one, trusts the pid written in the file."""
   try:
     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
-  except BlockingIOError:
+    # Its last holder may have removed it since it was opened: others would lock another file.
+    return os.path.samestat(os.fstat(stream.fileno()), os.stat(stream.name))
+  except (BlockingIOError, FileNotFoundError):
     return False
   except OSError as error:
     if error.errno not in _NO_FLOCK:
@@ -138,12 +140,36 @@ def _acquire(stream: IO[str]) -> bool:
 
 
 @contextlib.contextmanager
+def _locked(lock: pathlib.Path, place: pathlib.Path, say: Callable[[str], None], *,
+            remove: bool = False) -> Iterator[None]:
+  """Holds a lock file for this process and writes into it whose it is; see `claim_directory`."""
+  with open(lock, 'a+', encoding='utf-8') as stream:
+    owner = _owner(stream)
+    if not _acquire(stream):
+      raise DirectoryInUse(
+          f'{place} is in use by process {owner.get("pid", "?")} on {owner.get("host", "?")}; '
+          'wait for it to end or choose another directory.')
+    if owner:
+      say(f'{place}: taking over the lock of process {owner.get("pid", "?")}, which is gone.')
+    stream.truncate(0)
+    stream.write(json.dumps({'pid': os.getpid(), 'host': socket.gethostname()}))
+    stream.flush()
+    try:
+      yield
+    finally:
+      if remove:  # while it is held: nobody else's can be hit
+        lock.unlink(missing_ok=True)
+      stream.truncate(0)
+
+
+@contextlib.contextmanager
 def claim_directory(directory: str | os.PathLike, *,
                     say: Callable[[str], None] = print) -> Iterator[pathlib.Path]:
   """Holds a directory for this process: creates it, checks it is writable, locks it.
 
   The kernel drops the lock when its holder dies, even by SIGKILL, so a lock left by a dead
-  process never blocks: it is taken over, and said so.
+  process never blocks: it is taken over, and said so. If the body fails, a directory that was
+  created here and holds nothing is removed again.
 
   Args:
     directory: where the run will write.
@@ -156,23 +182,159 @@ def claim_directory(directory: str | os.PathLike, *,
     DirectoryInUse: a live process holds it.
     NotWritable: it cannot be created or written.
   """
+  created = [path for path in (pathlib.Path(directory), *pathlib.Path(directory).parents)
+             if not path.exists()]
   path = prepare_directory(directory)
-  # Not unlinked at the end: a waiting process could then lock a file nobody else sees.
-  with open(path / LOCK_NAME, 'a+', encoding='utf-8') as stream:
-    owner = _owner(stream)
-    if not _acquire(stream):
-      raise DirectoryInUse(
-          f'{path} is in use by process {owner.get("pid", "?")} on {owner.get("host", "?")}; '
-          'wait for it to end or choose another directory.')
-    if owner:
-      say(f'{path}: taking over the lock of process {owner.get("pid", "?")}, which is gone.')
-    stream.truncate(0)
-    stream.write(json.dumps({'pid': os.getpid(), 'host': socket.gethostname()}))
-    stream.flush()
+  with _locked(path / LOCK_NAME, path, say):
     try:
       yield path
-    finally:
-      stream.truncate(0)
+    except BaseException:
+      if created and os.listdir(path) == [LOCK_NAME]:
+        (path / LOCK_NAME).unlink()  # while it is held: nobody else's can be hit
+        with contextlib.suppress(OSError):  # somebody else has put something there by now
+          for folder in created:
+            folder.rmdir()
+      raise
+
+
+# --- directories that appear whole ----------------------------------------------------------------
+# Hidden siblings of a directory NAME, all under its lock:
+#   .NAME.lock       who is writing
+#   .NAME.PID.tmp    being written (or, as .NAME.PID.old.tmp, being deleted): nobody needs it
+#   .NAME.PID.old    whole; if NAME is missing, the only one there is
+
+
+@contextlib.contextmanager
+def atomic_directory(directory: str | os.PathLike, check: Callable[[pathlib.Path], None], *,
+                     say: Callable[[str], None] = print) -> Iterator[pathlib.Path]:
+  """Yields a temporary directory that takes the place of `directory` if the body succeeds.
+
+  It lies beside it, as `.NAME.PID.tmp`. No portable system call exchanges two directories, so that
+  one with something in it is replaced in three steps, each of them atomic:
+
+    1. the old directory becomes `.NAME.PID.old`;
+    2. the new one becomes NAME;
+    3. the old one becomes `.NAME.PID.old.tmp`, and is deleted.
+
+  A kill before 1 leaves the old directory, a kill after 2 the new one. A kill between them leaves
+  nothing under the name and the old one whole under its hidden name; the next call moves it back,
+  before anything else. It also deletes all that killed processes left. An exception, Ctrl-C among
+  them, leaves the old directory and nothing beside it.
+
+  Args:
+    directory: created with its parents; a link is followed.
+    check: is given the directory if it holds something, first and again before 1; raises if it must
+      not be replaced.
+    say: receives notices.
+
+  Yields:
+    The temporary directory, empty.
+
+  Raises:
+    DirectoryInUse: a live process is writing the same directory.
+    NotWritable: it is a file or a mount point, or its parent cannot be written.
+    KeyboardInterrupt: with a message if it came too late, after 2.
+  """
+  target = _replaceable(pathlib.Path(directory).resolve())
+  with _locked(_sibling(target, 'lock'), target, say, remove=True):
+    if _move_back(target):
+      say(f'{target}: moved back what an interrupted run had set aside.')
+    if _holds_something(target):
+      check(target)
+    _delete_left_over(target)
+    new = _sibling(target, f'{os.getpid()}.tmp')
+    new.mkdir()
+    try:
+      yield new
+      _sync_tree(new)
+      _put_in_place(new, target, check)
+      _delete_left_over(target)
+    except BaseException as error:
+      placed = not new.exists()
+      try:
+        _delete_left_over(target)
+      finally:  # said even if Ctrl-C is pressed again
+        if placed and isinstance(error, KeyboardInterrupt):
+          raise KeyboardInterrupt(f'{target} is complete') from error
+      raise
+
+
+def _replaceable(target: pathlib.Path) -> pathlib.Path:
+  """Refuses what a rename cannot replace."""
+  if target.exists() and not target.is_dir():
+    raise NotWritable(f'cannot write into {str(target)!r} (is not a directory); choose another '
+                      'name.')
+  if os.path.ismount(target):
+    raise NotWritable(f'{target} is a mount point, which cannot be replaced as a whole; choose a '
+                      'new directory in it.')
+  prepare_directory(target.parent)
+  return target
+
+
+def _sibling(target: pathlib.Path, ending: str) -> pathlib.Path:
+  return target.with_name(f'.{target.name}.{ending}')
+
+
+def _left_over(target: pathlib.Path) -> list[pathlib.Path]:
+  """Siblings of all processes; whoever holds the lock knows that the others are dead."""
+  name = re.compile(re.escape(f'.{target.name}.') + r'[0-9]+(\.old|\.tmp|\.old\.tmp)')
+  return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def _holds_something(directory: pathlib.Path) -> bool:
+  return directory.exists() and any(directory.iterdir())
+
+
+def _move_back(target: pathlib.Path) -> bool:
+  """Undoes step 1 where step 2 did not follow; whether there was something to undo."""
+  for path in _left_over(target):
+    if path.suffix == '.old' and not _holds_something(target):
+      os.replace(path, target)
+      return True
+  return False
+
+
+def _put_in_place(new: pathlib.Path, target: pathlib.Path,
+                  check: Callable[[pathlib.Path], None]) -> None:
+  """Steps 1 and 2, or neither."""
+  try:
+    if _holds_something(target):
+      check(target)  # again: others may have put something there meanwhile
+      os.replace(target, _sibling(target, f'{os.getpid()}.old'))
+    os.replace(new, target)
+    _sync(target.parent)
+  except BaseException:
+    _move_back(target)
+    raise
+
+
+def _delete_left_over(target: pathlib.Path) -> None:
+  """Step 3, and the same for what others left; what may be the only one there is stays."""
+  # Longer names first: the one that .old gets must be free.
+  for path in sorted(_left_over(target), reverse=True):
+    if path.suffix == '.old':
+      if not _holds_something(target):
+        continue
+      path = path.rename(f'{path}.tmp')  # from here on it is not whole
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_tree(root: pathlib.Path) -> None:
+  for folder, _, names in os.walk(root):
+    for name in (*names, '.'):
+      _sync(os.path.join(folder, name))
+
+
+def _sync(path: str | os.PathLike) -> None:
+  """Puts a file, or a directory's names, on disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+# --- files that appear whole ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager

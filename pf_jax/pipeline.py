@@ -102,8 +102,7 @@ class Pipeline:
     """
     self.models, self.prompts, self.directory = models, prompts, directory
     self.spec = rollout_spec(models.spec, choices)
-    self.choices = {'cache': {n: getattr(self.spec.cache, n) for n in cache_choices()},
-                    'sampler': dataclasses.asdict(self.spec.sampler)}
+    self.choices = choices_of(self.spec)
     self._programs: dict[int, Programs] = {}
 
   @property
@@ -220,6 +219,12 @@ def rollout_spec(model: ModelSpec, choices: Choices | None = None) -> RolloutSpe
   if 'steps' in given['sampler']:
     given['sampler']['steps'] = tuple(given['sampler']['steps'])
   return RolloutSpec(cache_spec(model, **given['cache']), SamplerSpec(**given['sampler']))
+
+
+def choices_of(spec: RolloutSpec) -> dict[str, dict[str, Any]]:
+  """The inverse of `rollout_spec`: {'cache': {...}, 'sampler': {...}}, all fields, JSON-able."""
+  return {'cache': {name: getattr(spec.cache, name) for name in cache_choices()},
+          'sampler': dataclasses.asdict(spec.sampler)}
 
 
 def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any] | None = None,

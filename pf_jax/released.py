@@ -10,6 +10,7 @@ branch alone: the transformer sees the past through its own VAE and patch embedd
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -25,8 +26,8 @@ from pf_jax.models.initialise import init_module
 from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.pipeline import Pipeline
-from pf_jax.weights import hub, package
-from pf_jax.weights.load import load_network, network_files
+from pf_jax.weights import hub, package, sources
+from pf_jax.weights.load import StoredNetwork, network_files, open_network
 from pf_jax.weights.tensors import WeightsError
 
 TOKENIZER_FILE = 'tokenizer.json'
@@ -53,19 +54,72 @@ class ReleasedWeights:
   entry: str | None = None
   compressor: str | None = None
 
-  def files(self) -> tuple[pathlib.Path, ...]:
-    """All files that the networks are read from.
+  def open(self, *, download: bool = True, say: Callable[[str], None] = print) -> 'OpenedWeights':
+    """Finds everything and compares names, shapes and types; values are not read.
+
+    Args:
+      download: whether weights of the hub may be fetched.
+      say: receives what was chosen on the way.
+
+    Raises:
+      NotDownloaded: they are on the hub, and must not be fetched.
+      WeightsError: something is missing, damaged, or of another model.
+      PackageError: the compressor is.
+    """
+    model, (root, transformer, compressor) = self.model, self._places(download)
+    if compressor is not None:
+      package.check_module(compressor, _compressor_shapes(model))
+    return OpenedWeights(
+        text=open_network(root, model.text, say=say), vae=open_network(root, model.vae, say=say),
+        transformer=open_network(transformer, model.transformer, entry=self.entry, say=say),
+        compressor=compressor, tokenizer=find_tokenizer(root))
+
+  def files(self) -> dict[str, tuple[pathlib.Path, ...]]:
+    """The files of each network, by its name; what lies in them is not looked at.
 
     Raises:
       WeightsError: one is not there.
     """
-    root = hub.local(self.directory)
-    found: list[pathlib.Path] = []
-    for path, spec in ((root, self.model.text), (root, self.model.vae),
-                       (hub.local(self.transformer or self.directory), self.model.transformer)):
-      found += network_files(path, spec)
-    found.append(find_tokenizer(root))
-    return tuple(found + ([hub.local(self.compressor)] if self.compressor else []))
+    root, transformer, compressor = self._places(download=True)
+    found = {'text': network_files(root, self.model.text),
+             'vae': network_files(root, self.model.vae),
+             'transformer': network_files(transformer, self.model.transformer),
+             'tokenizer': (find_tokenizer(root),)}
+    return found | ({} if compressor is None else {'compressor': (compressor,)})
+
+  def _places(self, download: bool) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path | None]:
+    """Where text encoder, VAE and tokenizer lie, the transformer, and the compressor."""
+    get = functools.partial(hub.local, download=download)
+    kinds = ('text', 'vae') if self.transformer is not None else ('text', 'vae', 'transformer')
+    wanted = [pattern for kind in kinds for pattern in sources.patterns(kind)]
+    root = get(self.directory, wanted=[*wanted, *(str(pathlib.PurePath(place, TOKENIZER_FILE))
+                                                  for place in _TOKENIZER_PLACES)])
+    transformer = root if self.transformer is None else get(
+        self.transformer, wanted=sources.patterns('transformer'))
+    return root, transformer, None if self.compressor is None else get(self.compressor)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedWeights:
+  """Released weights that fit, ready to be loaded one network after the other.
+
+  Attributes:
+    text, vae, transformer: the networks.
+    compressor: a file, or None for a fresh one.
+    tokenizer: its tokenizer.json.
+  """
+
+  text: StoredNetwork
+  vae: StoredNetwork
+  transformer: StoredNetwork
+  compressor: pathlib.Path | None
+  tokenizer: pathlib.Path
+
+  @property
+  def files(self) -> tuple[pathlib.Path, ...]:
+    """All of them."""
+    own = () if self.compressor is None else (self.compressor,)
+    return (*self.text.files, *self.vae.files, *self.transformer.files, self.tokenizer, *own)
 
 
 def find_tokenizer(directory: str | os.PathLike) -> pathlib.Path:
@@ -100,25 +154,23 @@ def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
     WeightsError: missing, damaged, or of another model.
     ValueError: choices that do not exist or contradict each other, or texts that cannot be used.
   """
-  model, root = weights.model, hub.local(weights.directory)
-  weights.files()  # everything is there, before anything large is read
-  tokenizer = Tokenizer.from_file(find_tokenizer(root), max_tokens=model.text.max_tokens)
-  prompts = PromptEncoder(tokenizer, model.text,
-                          lambda: load_network(root, model.text, say=say))
+  model = weights.model
+  opened = weights.open(say=say)  # everything is there and fits, before anything large is read
+  tokenizer = Tokenizer.from_file(opened.tokenizer, max_tokens=model.text.max_tokens)
+  prompts = PromptEncoder(tokenizer, model.text, opened.text.load)
   if texts:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', UserWarning)  # said by `plan.warn_about_prompts`
       prompts(texts, allow_empty=True)  # empty ones are refused where they may not be
   video = VideoModels(
-      model, load_network(root, model.vae, say=say),
-      load_network(hub.local(weights.transformer or weights.directory), model.transformer,
-                   entry=weights.entry, say=say),
-      load_compressor(model, weights.compressor, say))
+      model, opened.vae.load(), opened.transformer.load(),
+      load_compressor(model, opened.compressor, say))
   return Pipeline(video, prompts, choices={'cache': dict(cache or {}),
                                            'sampler': dict(sampler or {})})
 
 
-def load_compressor(model: ModelSpec, path: str | None, say: Callable[[str], None]) -> Compressor:
+def load_compressor(model: ModelSpec, path: pathlib.Path | None, say: Callable[[str], None]
+                    ) -> Compressor:
   """A trained compressor, or a fresh one whose HR branch adds nothing.
 
   Raises:
@@ -127,5 +179,8 @@ def load_compressor(model: ModelSpec, path: str | None, say: Callable[[str], Non
   if path is None:
     say('no compressor is given: the LR branch works alone (zero-shot).')
     return init_module(lambda rngs: Compressor(model.compressor, rngs=rngs), 0)
-  shapes = jax.eval_shape(lambda: Compressor(model.compressor, rngs=nnx.Rngs(0)))
-  return package.load_module(hub.local(path), shapes)
+  return package.load_module(path, _compressor_shapes(model))
+
+
+def _compressor_shapes(model: ModelSpec) -> Compressor:
+  return jax.eval_shape(lambda: Compressor(model.compressor, rngs=nnx.Rngs(0)))

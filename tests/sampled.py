@@ -19,8 +19,6 @@ from pf_jax.weights import package
 
 CHOICES = {'cache': {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 1, 'mid_capacity': 2},
            'sampler': {'steps': [1000.0, 500.0]}}
-# Compiles in a third of the time; what is compared here is compiled alike.
-UNOPTIMISED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
 
 
 def random_models(seed: int = 0) -> Models:
@@ -51,12 +49,7 @@ def make_tiny(root: pathlib.Path) -> Tiny:
   """Saves and compiles the model."""
   directory = package.save_model(root / 'model', random_models(), choices=CHOICES)
   pipeline = pipeline_lib.load(directory)
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  try:
-    pipeline.programs(1)
-  finally:
-    jax.config.update('jax_disable_most_optimizations', before)
+  pipeline.programs(1)
   return Tiny(directory, pipeline)
 
 
@@ -120,4 +113,4 @@ class Rowwise:
 
 def environment(**more: str) -> dict[str, str]:
   """Of a subprocess that samples."""
-  return os.environ | UNOPTIMISED | more
+  return os.environ | more

@@ -55,6 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       in_channels=16, channels=(32, 128, 512, 2048), width=sizes['width'],
       # An odd number of latent frames cannot be halved.
       temporal_stride=1 if frames % 2 else 2))
-  for name, sizes in _TINY.items() if given['tiny'] else ():
-    config[name].update(sizes)
+  if given['tiny']:
+    for name, small in _TINY.items():
+      config[name].update(small)
   return config

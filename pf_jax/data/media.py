@@ -217,6 +217,26 @@ def resample(shots: Iterable[Shot[Item]], fps: float, start: Fraction) -> Iterat
     tick = next(ticks)
 
 
+def check_file(path: str | os.PathLike) -> None:
+  """Refuses what cannot hold a picture or a video, without opening it: pipes would wait.
+
+  Args:
+    path: wanted: a regular file with something in it.
+
+  Raises:
+    MediaError: it is not, or there is nothing.
+  """
+  try:
+    status = os.stat(path)
+  except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+    raise _unreadable(path, error) from error
+  if stat.S_ISREG(status.st_mode) and status.st_size:
+    return
+  kind = ('empty' if stat.S_ISREG(status.st_mode) else
+          'a directory' if stat.S_ISDIR(status.st_mode) else 'a pipe or a device')
+  raise MediaError(f'{path} is {kind}; wanted a file with a picture or a video in it.')
+
+
 def _check_size(height: int, width: int) -> None:
   for name, size in (('height', height), ('width', width)):
     if size < 1:
@@ -254,18 +274,16 @@ class _Bytes:
     return self._file.tell()
 
 
+def _unreadable(path: str | os.PathLike, error: Exception) -> MediaError:
+  return MediaError(f'cannot read {str(path)!r} ({getattr(error, "strerror", error)}).')
+
+
 def _open_file(path: str | os.PathLike) -> BinaryIO:
-  """Opens a regular file that is not empty."""
+  check_file(path)
   try:
-    status = os.stat(path)  # before opening: a pipe would wait for its writer
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-      return open(path, 'rb')
-  except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-    raise MediaError(f'cannot read {str(path)!r} ({getattr(error, "strerror", error)}).'
-                     ) from error
-  kind = ('empty' if stat.S_ISREG(status.st_mode) else
-          'a directory' if stat.S_ISDIR(status.st_mode) else 'a pipe or a device')
-  raise MediaError(f'{path} is {kind}; wanted a file with a picture or a video in it.')
+    return open(path, 'rb')
+  except OSError as error:
+    raise _unreadable(path, error) from error
 
 
 def _check_pixels(path: str | os.PathLike, size: Size, limit: int) -> None:
@@ -451,7 +469,7 @@ class _Decoder:
 
   def _open(self) -> None:
     size = os.fstat(self._file.fileno()).st_size
-    whole = _whole_fragments(self._file, size)
+    whole = whole_fragments(self._file, size)
     self._torn = whole < size
     try:
       # The empty whitelist: no other file and no network address is opened on behalf of this one.
@@ -549,7 +567,7 @@ class _Decoder:
       return None
 
 
-def _whole_fragments(file: BinaryIO, size: int) -> int:
+def whole_fragments(file: BinaryIO, size: int) -> int:
   """How much of a file of `size` bytes to read: all but the header of a fragment cut off in it.
 
   Such an MP4, as a killed `VideoWriter` leaves it, cannot be opened, though all fragments (`moof`)

@@ -1,8 +1,9 @@
 """All networks of one model and the spec that describes them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -72,6 +73,13 @@ class VideoModels(nnx.Module):
     self.vae = vae
     self.transformer = transformer
     self.compressor = compressor
+
+  def replaced(self, **networks: nnx.Module) -> Self:
+    """The same networks with some of them replaced; nothing is copied."""
+    models = jax.tree.map(lambda x: x, self)  # a new module around the same arrays
+    for name, network in networks.items():
+      setattr(models, name, network)
+    return models
 
   def encode_low_resolution(self, pixels: Array) -> Array:
     """LR latents of one block of pixels [B, T, H, W, 3] -> [B, f, h', w', C]."""

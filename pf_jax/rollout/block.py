@@ -11,6 +11,7 @@ Source: arXiv:2603.25730, algorithm of the inference loop; Self-Forcing for the 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,41 @@ def init(models: VideoModels, batch: int, spec: RolloutSpec) -> RolloutState:
       recent_lr=jnp.zeros((batch, recent, *low)))
 
 
+class InputShapes(NamedTuple):
+  """Everything that a block's programs take beside the networks, as `jax.ShapeDtypeStruct`.
+
+  Attributes:
+    state: `RolloutState`.
+    rows: text rows [B, rows, D] of the prompts.
+    text: cross-attention keys/values of them.
+    keys: [B] random keys.
+    latents: [B, F, h, w, C] of a block.
+    selected: [L, B, K].
+    picture: [B, 1, h, w, C], a given first latent frame.
+  """
+
+  state: PyTree
+  rows: PyTree
+  text: PyTree
+  keys: PyTree
+  latents: PyTree
+  selected: PyTree
+  picture: PyTree
+
+
+def input_shapes(models: VideoModels, batch: int, spec: RolloutSpec) -> InputShapes:
+  """Shapes for `batch` videos; the networks may be arrays or shapes themselves."""
+  state = jax.eval_shape(lambda m: init(m, batch, spec), models)
+  text_spec = models.spec.text
+  rows = jax.ShapeDtypeStruct((batch, text_spec.max_tokens, text_spec.width), jnp.float32)
+  text = jax.eval_shape(lambda m, r: m.transformer.text_keys_values(r), models, rows)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  latents, selected = jax.eval_shape(lambda *given: denoise_block(*given, spec=spec), models,
+                                     state.cache, text, keys)
+  picture = jax.ShapeDtypeStruct((batch, 1, *latents.shape[2:]), jnp.float32)
+  return InputShapes(state, rows, text, keys, latents, selected, picture)
+
+
 def block_noise(keys: Array, block: Array, number: int, shape: tuple[int, ...]) -> Array:
   """Noise of one block, a pure function of (video's key, block, number): [B, *shape].
 
@@ -130,25 +166,91 @@ def denoise_block(models: VideoModels, cache: PackCache, text: KeyValues, keys: 
   Returns:
     Latents x0 [B, F, h, w, C], and the archived blocks each layer attended [L, B, K] (-1: none).
   """
-  shape = models.spec.video.block_latent_shape
-  layout = cache_lib.layout(cache.blocks, spec.cache)
   sigmas = spec.sampler.sigmas
-  x = block_noise(keys, cache.blocks, 0, shape)
-  slices: PyTree = cache.layers
-  context_fn = step.select_history(cache.blocks, layout, spec.cache)
-  selected: Array | None = None
-  for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-    noise = block_noise(keys, cache.blocks, index + 1, shape)
+  denoise = _Passes(models, cache, text, keys, given, spec)
+  with jax.named_scope('denoise_0'):
+    x, selected = denoise.first(denoise.noise(0), sigmas[0], sigmas[1])
+  for index in range(1, len(sigmas) - 1):
     with jax.named_scope(f'denoise_{index}'):
-      x, aux = step.denoise_step(models, x, sigma, sigma_next, noise, text, slices=slices,
-                                 context_fn=context_fn, solver=spec.sampler.solver,
-                                 given=given)
-    if selected is None:
-      selected = aux
-      slices = cache.layers, selected
-      context_fn = step.selected_history(cache.blocks, layout, spec.cache)
-  assert selected is not None  # a sampler has at least one pass
+      x = denoise.later(x, selected, index, sigmas[index], sigmas[index + 1])
   return x if given is None else x.at[:, :given.shape[1]].set(given), selected
+
+
+class ExitBlock(NamedTuple):
+  """A block whose denoising ended early, with what its last pass saw.
+
+  Attributes:
+    x_t: [B, F, h, w, C], noisy input of the last pass.
+    latents: [B, F, h, w, C], the x0 it predicted.
+    selected: [L, B, K].
+  """
+
+  x_t: Array
+  latents: Array
+  selected: Array
+
+
+def denoise_to_exit(models: VideoModels, cache: PackCache, text: KeyValues, keys: Array,
+                    exit_step: Array, *, spec: RolloutSpec) -> ExitBlock:
+  """`denoise_block` up to a pass whose x0 becomes the block; at the last one it is the same block.
+
+  Training draws the pass anew for every rollout, so that each level learns to end a block.
+
+  Args:
+    models: networks.
+    cache: the history; read, never written.
+    text: cross-attention keys/values [L, B, rows, N, H].
+    keys: [B] typed random keys, one per video.
+    exit_step: int32 [], number of the last pass, 0 .. steps - 1.
+    spec: static choices.
+
+  Source: Self-Forcing.
+  """
+  sigmas = jnp.asarray(spec.sampler.sigmas, jnp.float32)
+  denoise = _Passes(models, cache, text, keys, None, spec)
+
+  def next_level(index):
+    return jnp.where(index == exit_step, 0.0, sigmas[index + 1])  # at level 0 solvers return x0
+
+  noise = denoise.noise(0)
+  x0, selected = denoise.first(noise, sigmas[0], next_level(0))
+
+  def body(index, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    _, x = carry
+    return x, denoise.later(x, selected, index, sigmas[index], next_level(index))
+
+  x_t, x0 = jax.lax.fori_loop(1, exit_step + 1, body, (noise, x0))
+  return ExitBlock(x_t, x0, selected)
+
+
+class _Passes:
+  """The passes of one block: the first one selects, the later ones reuse what it selected."""
+
+  def __init__(self, models: VideoModels, cache: PackCache, text: KeyValues, keys: Array,
+               given: Array | None, spec: RolloutSpec):
+    self._models, self._cache, self._text, self._keys = models, cache, text, keys
+    self._given, self._spec = given, spec
+    self._layout = cache_lib.layout(cache.blocks, spec.cache)
+
+  def noise(self, number) -> Array:
+    """Fresh noise of the block: 0 to start from, i + 1 for pass i."""
+    return block_noise(self._keys, self._cache.blocks, number,
+                       self._models.spec.video.block_latent_shape)
+
+  def first(self, x: Array, sigma, sigma_next) -> tuple[Array, Array]:
+    """Pass 0: the block at `sigma_next`, and the selection [L, B, K]."""
+    context_fn = step.select_history(self._cache.blocks, self._layout, self._spec.cache)
+    return self._step(x, 0, sigma, sigma_next, self._cache.layers, context_fn)
+
+  def later(self, x: Array, selected: Array, index, sigma, sigma_next) -> Array:
+    """Pass `index` > 0: the block at `sigma_next`."""
+    context_fn = step.selected_history(self._cache.blocks, self._layout, self._spec.cache)
+    return self._step(x, index, sigma, sigma_next, (self._cache.layers, selected), context_fn)[0]
+
+  def _step(self, x: Array, index, sigma, sigma_next, slices: PyTree, context_fn):
+    return step.denoise_step(self._models, x, sigma, sigma_next, self.noise(index + 1), self._text,
+                             slices=slices, context_fn=context_fn,
+                             solver=self._spec.sampler.solver, given=self._given)
 
 
 def _decode(models: VideoModels, decoder: DecoderState, latents: Array, first: bool

@@ -70,43 +70,35 @@ class Programs:
 
   Attributes:
     compile_seconds: wall time spent compiling, per program.
+    scratch_bytes: largest temporary memory of any program, as the compiler planned it.
   """
 
   def __init__(self, models: VideoModels, batch: int, spec: RolloutSpec):
     self.models, self.batch, self.spec = models, batch, spec
-    text_spec = models.spec.text
-    self._init = jax.jit(functools.partial(block_lib.init, batch=batch, spec=spec))
-    shapes = jax.eval_shape(self._init, models)
-    rows = jax.ShapeDtypeStruct((batch, text_spec.max_tokens, text_spec.width), jnp.float32)
-    text = jax.eval_shape(_text_keys_values, models, rows)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    self._denoise_block = denoise = functools.partial(block_lib.denoise_block, spec=spec)
-    latents, selected = jax.eval_shape(denoise, models, shapes.cache, text, keys)
-    finish = functools.partial(_finish, spec=spec)
-    switch = functools.partial(block_lib.switch_prompt, spec=spec)
-    abstract = _abstract(models)
-    block = (abstract, shapes, latents, selected, text)
     self.compile_seconds: dict[str, float] = {}
-    self._text = self._compile('text', _text_keys_values, (abstract, rows))
-    self._start = self._compile('init', self._init, (abstract,))
-    self._denoise = self._compile('denoise', denoise, (abstract, shapes.cache, text, keys))
-    self._first = self._compile('first', functools.partial(finish, first=True), block, donate=1)
-    self._steady = self._compile('steady', functools.partial(finish, first=False), block, donate=1)
-    self._switch = self._compile('switch', switch, (abstract, shapes, text), donate=1)
+    self.scratch_bytes = 0
+    self._abstract, self._shapes = _abstract(models), block_lib.input_shapes(models, batch, spec)
+    self._denoise_block = functools.partial(block_lib.denoise_block, spec=spec)
+    state, rows, text, keys, latents, selected, _ = self._shapes
+    finish = functools.partial(_finish, spec=spec)
+    block = (state, latents, selected, text)
+    self._text = self._compile('text', _text_keys_values, rows)
+    self._start = self._compile('init', functools.partial(block_lib.init, batch=batch, spec=spec))
+    self._denoise = self._compile('denoise', self._denoise_block, state.cache, text, keys)
+    self._first = self._compile('first', functools.partial(finish, first=True), *block, donate=1)
+    self._steady = self._compile('steady', functools.partial(finish, first=False), *block, donate=1)
+    self._switch = self._compile('switch', functools.partial(block_lib.switch_prompt, spec=spec),
+                                 state, text, donate=1)
     self._given: Callable[..., tuple[Array, Array]] | None = None
 
-  def _compile(self, name: str, function, arguments: tuple, donate: int | None = None):
+  def _compile(self, name: str, function, *inputs: PyTree, donate: int | None = None):
     start = time.perf_counter()
     donated = () if donate is None else (donate,)
-    compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    compiled = jax.jit(function, donate_argnums=donated).lower(self._abstract, *inputs).compile()
     self.compile_seconds[name] = time.perf_counter() - start
+    if plan := compiled.memory_analysis():
+      self.scratch_bytes = max(self.scratch_bytes, plan.temp_size_in_bytes)
     return compiled
-
-  @property
-  def scratch_bytes(self) -> int:
-    """Largest temporary memory of any program, as the compiler planned it."""
-    plans = [p.memory_analysis() for p in (self._denoise, self._first, self._steady, self._switch)]
-    return max((plan.temp_size_in_bytes for plan in plans if plan), default=0)
 
   def text_keys_values(self, rows: Array | np.ndarray) -> KeyValues:
     """Cross-attention keys/values [L, B, rows, N, H] of text rows, see `PromptEncoder`."""
@@ -123,14 +115,9 @@ class Programs:
   def prepare_picture(self) -> None:
     """Compiles `denoise_after_picture`, which few rollouts need."""
     if self._given is None:
-      video, state = self.models.spec.video, jax.eval_shape(self._init, self.models)
-      spec = self.models.spec.text
-      rows = jax.ShapeDtypeStruct((self.batch, spec.max_tokens, spec.width), jnp.float32)
-      text = jax.eval_shape(_text_keys_values, self.models, rows)
-      keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
-      picture = jax.ShapeDtypeStruct((self.batch, 1, *video.block_latent_shape[1:]), jnp.float32)
-      self._given = self._compile('picture', self._denoise_block, (
-          _abstract(self.models), state.cache, text, keys, picture))
+      shapes = self._shapes
+      self._given = self._compile('picture', self._denoise_block, shapes.state.cache, shapes.text,
+                                  shapes.keys, shapes.picture)
 
   def denoise_after_picture(self, state: RolloutState, text: KeyValues, keys: Array,
                             picture: Array) -> tuple[Array, Array]:
@@ -160,7 +147,7 @@ def stream(programs: Programs, text: Sequence[KeyValues], prompt_index: Sequence
     prompt_index: the prompt of each block; its length is the length of the video.
     keys: [B] typed random keys, one per video.
     replay: (latents, selection) of the first blocks, if they were sampled before (or encoded from a
-      clip, with a selection of -1 throughout); they are decoded and committed without denoising.
+      clip, see `beginning.given_selection`); they are decoded and committed without denoising.
 
   Yields:
     `Block`, one by one.

@@ -1,21 +1,28 @@
 """What sampling takes in memory and on disk, from specs alone: nothing is loaded or compiled.
 
-Two phases never overlap. First the text encoder encodes the prompts and is let go; then
-transformer, VAE and compressor stay for the whole video, beside a state that does not grow with it.
+Three phases never overlap. First the text encoder encodes the prompts and is let go. Then
+transformer, VAE and compressor are loaded; frames that a video begins with are encoded. Then blocks
+are made, beside a state that does not grow with the video.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec
 from pf_jax.types import PyTree, tree_bytes
+
+# Bits a pixel that x264 took at quality 18, and the step of quality that doubles them: see
+# EVIDENCE.md, "Size of MP4 files". Content decides; this is for planning.
+MP4_BITS = 0.3
+_QUALITY, _DOUBLES = 18, 6
 
 
 class DoesNotFit(ValueError):
@@ -34,8 +41,10 @@ class Budget:
     decoder: the VAE decoder's temporal state.
     kept: latents of the recent blocks, kept for a change of prompt.
     text: cross-attention keys and values of all prompts of a video.
+    encoder: the VAE encoder's temporal state, while given frames are encoded.
     scratch: temporary memory of the largest program; None if it was not compiled.
-    latents_file: on disk, all latents and selections of the videos while they are made.
+    latents_file: on disk, all latents and selections of the videos.
+    videos_file: on disk, expected size of all videos; content decides.
   """
 
   parameters: Mapping[str, int]
@@ -45,8 +54,10 @@ class Budget:
   decoder: int
   kept: int
   text: int
+  encoder: int
   scratch: int | None
   latents_file: int
+  videos_file: int
 
   @property
   def text_phase(self) -> int:
@@ -54,16 +65,31 @@ class Budget:
     return self.networks['text']
 
   @property
+  def video_networks(self) -> int:
+    """All but the text encoder."""
+    return sum(size for name, size in self.networks.items() if name != 'text')
+
+  @property
+  def begin_phase(self) -> int:
+    """While given frames are encoded; the encoder's scratch is not counted."""
+    return self.video_networks + self.encoder
+
+  @property
   def video_phase(self) -> int:
     """While blocks are made; the packed context is part of a program's scratch, if known."""
-    networks = sum(size for name, size in self.networks.items() if name != 'text')
     working = self.context if self.scratch is None else self.scratch
-    return networks + sum(self.cache.values()) + self.decoder + self.kept + self.text + working
+    return (self.video_networks + sum(self.cache.values()) + self.decoder + self.kept + self.text
+            + working)
 
   @property
   def peak(self) -> int:
-    """The larger phase."""
-    return max(self.text_phase, self.video_phase)
+    """The largest phase."""
+    return max(self.text_phase, self.begin_phase, self.video_phase)
+
+  @property
+  def disk(self) -> int:
+    """Expected size of all files."""
+    return self.latents_file + self.videos_file
 
   def lines(self) -> list[str]:
     """A plan to read."""
@@ -72,15 +98,17 @@ class Budget:
     rows += [(f'cache: {name}', size) for name, size in self.cache.items()]
     rows += [('cache, all partitions', sum(self.cache.values())),
              ('packed context of one layer', self.context), ('VAE decoder state', self.decoder),
+             ('VAE encoder state, while given frames are read', self.encoder),
              ('kept latents', self.kept), ('text keys/values of all prompts', self.text)]
     if self.scratch is not None:
       rows.append(('scratch of the largest program, packed context included', self.scratch))
     rows += [('peak while prompts are encoded', self.text_phase),
+             ('peak while given frames are encoded, scratch not counted', self.begin_phase),
              ('peak while blocks are made' + (', scratch not counted' if self.scratch is None
                                               else ''), self.video_phase),
-             ('on disk: latents while they are needed', self.latents_file)]
-    width = max(len(name) for name, _ in rows)
-    return [f'{name:<{width}}  {size / 1e9:10.4f} GB' for name, size in rows]
+             ('on disk: latents', self.latents_file),
+             ('on disk: videos, about (content decides)', self.videos_file)]
+    return table(rows)
 
   def check(self, available: int, where: str) -> None:
     """Refuses what cannot fit.
@@ -94,39 +122,82 @@ class Budget:
     """
     if self.peak <= available:
       return
-    remedy = ('use bfloat16 for the text encoder, or fewer videos at once'
-              if self.text_phase > self.video_phase else
-              'lower cache.mid_capacity, cache.sink_blocks or batch_size, or the picture\'s size')
     raise DoesNotFit(f'{self.peak / 1e9:.1f} GB are needed, {where} has {available / 1e9:.1f} GB; '
-                     f'{remedy}.')
+                     f'{self._remedy()}.')
+
+  def _remedy(self) -> str:
+    """What makes the largest part of the largest phase smaller."""
+    if self.text_phase == self.peak:
+      return 'use bfloat16 for the text encoder (config.model.text.dtypes)'
+    parts = {'use bfloat16 for the networks (config.model.*.dtypes) or a smaller model':
+                 self.video_networks,
+             'lower cache.mid_capacity, cache.sink_blocks, the picture\'s size or batch_size':
+                 sum(self.cache.values()),
+             'lower the picture\'s size or batch_size': self.decoder + (self.scratch or 0),
+             'use fewer prompt switches': self.text}
+    return max(parts, key=lambda remedy: parts[remedy])
+
+  def check_disk(self, directory: pathlib.Path) -> None:
+    """Refuses a run whose files would not fit beside what is there.
+
+    Args:
+      directory: of the files; it or one of its parents exists.
+
+    Raises:
+      DoesNotFit: got, wanted, and what to change.
+    """
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if self.disk > free:
+      raise DoesNotFit(
+          f'about {self.disk / 1e9:.2f} GB of files are expected (latents '
+          f'{self.latents_file / 1e9:.2f}), {there} has {free / 1e9:.2f} GB free; make room, '
+          'choose another --output, or ask for fewer seconds or videos.')
 
 
-def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int, texts: int = 1,
-           scratch: int | None = None) -> Budget:
+def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int, videos: int,
+           texts: int = 1, quality: int = _QUALITY, scratch: int | None = None) -> Budget:
   """Adds up what a run takes.
 
   Args:
     model: networks.
     spec: cache and sampler.
     batch: videos that advance in lockstep.
-    blocks: length of all videos together, for the latents on disk.
+    blocks: length of every video.
+    videos: how many, all batches together.
     texts: most texts of a video; their keys and values stay until it is finished.
+    quality: of the MP4, see `SampleSpec`.
     scratch: of the largest program, where it was compiled.
   """
   models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)))
-  state = jax.eval_shape(lambda m: block_lib.init(m, batch, spec), models)
-  rows = jax.ShapeDtypeStruct((batch, model.text.max_tokens, model.text.width), jnp.float32)
-  text = jax.eval_shape(lambda m, r: m.transformer.text_keys_values(r), models, rows)
+  shapes = block_lib.input_shapes(models, batch, spec)
+  video, state = model.video, shapes.state
   networks = {name: getattr(models, name) for name in ('text', 'transformer', 'vae', 'compressor')}
+  frames = jax.ShapeDtypeStruct((1, 1, video.height, video.width, 3), 'float32')
+  encoder = jax.eval_shape(lambda vae, pixels: vae.encode_first(pixels)[1], models.vae, frames)
   selected = 4 * spec.cache.num_layers * spec.cache.top_k
-  latents = 4 * math.prod(model.video.block_latent_shape)
+  latents = 4 * math.prod(video.block_latent_shape)
+  pixels = videos * video.pixel_frames(blocks) * video.height * video.width
   return Budget(
       parameters={name: _count(module) for name, module in networks.items()},
       networks={name: tree_bytes(module) for name, module in networks.items()},
       cache=spec.cache.partition_bytes(batch), context=spec.cache.context_bytes(batch),
       decoder=tree_bytes(state.decoder),
-      kept=tree_bytes((state.recent_latents, state.recent_lr)), text=texts * tree_bytes(text),
-      scratch=scratch, latents_file=blocks * (latents + selected))
+      kept=tree_bytes((state.recent_latents, state.recent_lr)),
+      text=texts * tree_bytes(shapes.text), encoder=tree_bytes(encoder), scratch=scratch,
+      latents_file=videos * blocks * (latents + selected),
+      videos_file=mp4_bytes(pixels, quality))
+
+
+def mp4_bytes(pixels: int, quality: int) -> int:
+  """Expected size of videos of so many pixels, all frames together; content decides."""
+  return round(pixels * MP4_BITS / 8 * 2 ** ((_QUALITY - quality) / _DOUBLES))
+
+
+def table(rows: Sequence[tuple[str, int]]) -> list[str]:
+  """Lines of names and bytes to read."""
+  width = max(len(name) for name, _ in rows)
+  return [f'{name:<{width}}  {size / 1e9:10.4f} GB' for name, size in rows]
 
 
 def _count(tree: PyTree) -> int:

@@ -8,10 +8,12 @@ import contextlib
 import itertools
 import os
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
 from pf_jax import outputs
+from pf_jax.pipeline import Pipeline
 from pf_jax.progress import Progress
 from pf_jax.request import Request
 from pf_jax.sampling import files
@@ -24,20 +26,21 @@ from pf_jax.sampling.plan import (
   SampleError,
   Say,
   check_same,
+  make_plan,
   read_run,
 )
 from pf_jax.sampling.source import ModelSource
 
 
 def decode(latents: str | os.PathLike, output: str | os.PathLike, *,
-           source: ModelSource | None = None, overwrite: bool = False, say: Say = say_at_once
+           moved: Mapping[str, str] | None = None, overwrite: bool = False, say: Say = say_at_once
            ) -> tuple[pathlib.Path, ...]:
   """Writes the videos of a run again, from its latents.
 
   Args:
     latents: directory of the run, sampled with saved latents or cut short.
     output: directory for the videos, their sidecars and contact sheets.
-    source: the model that sampled them, if it is not where it was.
+    moved: where the model is that sampled them, if not where it was; see `ModelSource.moved`.
     overwrite: replace files of the same names.
     say: receives notices.
 
@@ -55,26 +58,31 @@ def decode(latents: str | os.PathLike, output: str | os.PathLike, *,
   identity = run['identity']
   try:
     request = Request(tuple(identity['prompts']), identity['seconds'], identity['seed'])
-    batches, spec = tuple(map(tuple, identity['batches'])), SampleSpec(**run['settings'])
-    choices = identity['cache'], identity['sampler']
-    source = source or ModelSource.from_json(run['source'])
+    spec = SampleSpec(**{**run['settings'], 'cache': identity['cache'],
+                         'sampler': identity['sampler']})
+    source = ModelSource.from_json(run['source'])
   except (KeyError, TypeError, ValueError) as error:
     raise SampleError(f'{folder / files.RUN_FILE} is damaged ({error!r}).') from error
   with outputs.claim_directory(output, say=say) as root:
-    files.check_free(root, files.video_names(request), len(batches), overwrite=overwrite,
-                     decoding=True)
     try:
-      pipeline = source.load(*choices, texts=[t for s in request.schedules for t in s.texts],
-                             say=say)
-    except (ValueError, TypeError) as error:
+      source = source.moved(moved or {})
+    except ValueError as error:
       raise SampleError(str(error)) from error
-    plan = Plan(request, spec, pipeline, source, root, batches, identity.get('beginning'))
-    check_same(run, plan, 'Give --checkpoint of the model that sampled the latents.', say)
-    return tuple(video for index in range(len(batches))
-                 for video in _decode_batch(plan, index, folder, say))
+    plan = make_plan(request, spec, source, root, identity.get('beginning'))
+    check_same(run, plan, 'Say where the model is that sampled the latents, with --checkpoint or '
+               '--weights.', say)
+    files.check_free(root, plan.names, len(plan.batches), overwrite=overwrite, decoding=True)
+    try:
+      pipeline = source.load(identity['cache'], identity['sampler'], say=say,
+                             texts=[t for s in request.schedules for t in s.texts])
+    except ValueError as error:
+      raise SampleError(str(error)) from error
+    return tuple(video for index in range(len(plan.batches))
+                 for video in _decode_batch(plan, pipeline, index, folder, say))
 
 
-def _decode_batch(plan: Plan, index: int, folder: pathlib.Path, say: Say) -> list[pathlib.Path]:
+def _decode_batch(plan: Plan, pipeline: Pipeline, index: int, folder: pathlib.Path, say: Say
+                  ) -> list[pathlib.Path]:
   if not files.record_path(folder, index).is_dir():
     say(f'note: batch {index + 1} of {len(plan.batches)} has no latents yet.')
     return []
@@ -85,7 +93,7 @@ def _decode_batch(plan: Plan, index: int, folder: pathlib.Path, say: Say) -> lis
     return []
   progress = Progress(len(record), unit='block', every_s=10)
   with contextlib.closing(progress), plan.open_files(index) as output:
-    for block in itertools.islice(plan.sample(index, record), len(record)):
+    for block in itertools.islice(plan.sample(pipeline, index, record), len(record)):
       output.add(np.asarray(block.frames)[:len(plan.batches[index])])
       progress.update()
   plan.write_sidecars(index, len(record),

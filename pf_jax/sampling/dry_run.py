@@ -6,36 +6,36 @@ scratch that the compiler plans is part of the sum.
 
 import functools
 import pathlib
-from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from pf_jax import pipeline as pipeline_lib
 from pf_jax.aot.targets import TARGETS
-from pf_jax.models.bundle import Models, ModelSpec
-from pf_jax.models.transformer import CausalTransformer
-from pf_jax.request import Request, plan_batches
+from pf_jax.models.bundle import Models
+from pf_jax.released import ReleasedWeights
+from pf_jax.request import Request
 from pf_jax.rollout import block as block_lib
-from pf_jax.rollout.block import RolloutSpec
 from pf_jax.sampling import budget as budget_lib
 from pf_jax.sampling import meter
+from pf_jax.sampling.beginning import Beginning
 from pf_jax.sampling.config import SampleSpec
-from pf_jax.sampling.plan import SampleError, Say
+from pf_jax.sampling.plan import Plan, SampleError, Say, make_plan
 from pf_jax.sampling.source import ModelSource
+from pf_jax.weights.hub import NotDownloaded
 
 
 def dry_run(request: Request, spec: SampleSpec, source: ModelSource, *,
-            model: ModelSpec | None = None, memory: int | None = None, target: str | None = None,
-            say: Say = print) -> budget_lib.Budget:
-  """Prints the plan of a run.
+            output: pathlib.Path = pathlib.Path(), beginning: Beginning | None = None,
+            memory: int | None = None, target: str | None = None, say: Say = print
+            ) -> budget_lib.Budget:
+  """Prints the plan of a run, and refuses what the run would refuse.
 
   Args:
     request: prompts, length, seed.
     spec: settings.
-    source: the model; its weights need not be there if `model` is given.
-    model: sizes, for weights that are yet to be downloaded.
+    source: the model; sizes are enough. Weights that are there are compared with them.
+    output: where the files would go; need not be there.
+    beginning: what the videos begin with; it is read.
     memory: bytes to fit into; None: what the target or this machine's device has.
     target: a name in `aot.TARGETS`; None leaves scratch out.
     say: receives the lines.
@@ -44,67 +44,66 @@ def dry_run(request: Request, spec: SampleSpec, source: ModelSource, *,
     The budget.
 
   Raises:
-    SampleError: choices that cannot be used, weights that are not where they should be, an unknown
-      target or no compiler for it.
-    DoesNotFit: more memory is needed than there is; the plan is printed first.
+    SampleError: choices that cannot be used, weights or a beginning that are missing, damaged or
+      do not fit, an unknown target or no compiler for it.
+    DoesNotFit: more memory or disk is needed than there is; the plan is printed first.
   """
-  cache, sampler = spec.chosen('cache'), spec.chosen('sampler')
+  if target is not None and target not in TARGETS:
+    raise SampleError(f'{target=} is unknown; use one of {", ".join(TARGETS)}.')
+  plan = make_plan(request, spec, source, output)
   try:
-    if model is not None and source.weights is None:
-      rollout = pipeline_lib.rollout_spec(model, {'cache': cache, 'sampler': sampler})
-    else:
-      model, rollout = source.specs(cache, sampler)
-      _say_files(source.weights.files() if source.weights else (), say)
-  except (ValueError, TypeError) as error:
+    if source.weights is not None:
+      say_files(source.weights, say)
+    if beginning is not None:
+      beginning.read(plan.video, plan.blocks, say)
+  except (ValueError, OSError) as error:
     raise SampleError(str(error)) from error
-  batches = plan_batches(request.schedules, spec.batch_size)
-  blocks, batch = model.video.blocks_for_seconds(request.seconds), max(map(len, batches))
-  scratch = None if target is None else planned_scratch(model, rollout, batch, target, say)
-  plan = budget_lib.budget(model, rollout, batch=batch, blocks=blocks * len(request.prompts),
-                           texts=max(len(s.texts) for s in request.schedules), scratch=scratch)
-  video = model.video
-  say(f'{len(request.prompts)} video(s) of {blocks} blocks, {video.pixel_frames(blocks)} frames of '
-      f'{video.width}x{video.height} at {video.fps} fps, {batch} at a time')
-  say(f'{rollout.cache.attention_tokens:,} keys per query from block {rollout.cache.steady_block} '
-      f'on; {rollout.cache.block_tokens:,} queries a block, {rollout.cache.mid_tokens} tokens a '
-      'compressed block')
-  for line in plan.lines():
+  budget = plan.budget(None if target is None else planned_scratch(plan, target, say))
+  _say_lengths(plan, say)
+  for line in budget.lines():
     say(line)
-  if memory is not None:
-    available, where = memory, 'the device'
-  elif target is not None:
-    available, where = TARGETS[target].info.device_memory_size, TARGETS[target].name
-  else:
-    available, where = budget_lib.device_memory()
-  plan.check(available, where)
-  if scratch is None:
+  available, where = _memory(memory, target)
+  budget.check(available, where)
+  budget.check_disk(output)
+  if budget.scratch is None:
     say(f'fits into the {available / 1e9:.1f} GB of {where} if the programs\' scratch stays below '
-        f'{(available - plan.video_phase) / 1e9:.1f} GB; --target=h200 compiles to say.')
+        f'{(available - budget.video_phase) / 1e9:.1f} GB; --target=h200 compiles to say.')
   else:
     say(f'fits into the {available / 1e9:.1f} GB of {where}.')
-  return plan
+  return budget
 
 
-def planned_scratch(model: ModelSpec, rollout: RolloutSpec, batch: int, target: str, say: Say
-                    ) -> int:
+def _say_lengths(plan: Plan, say: Say) -> None:
+  video, cache = plan.video, plan.rollout.cache
+  say(f'{len(plan.names)} video(s) of {plan.blocks} blocks, {video.pixel_frames(plan.blocks)} '
+      f'frames of {video.width}x{video.height} at {video.fps} fps, {plan.batch} at a time')
+  say(f'{cache.attention_tokens:,} keys per query from block {cache.steady_block} on; '
+      f'{cache.block_tokens:,} queries a block, {cache.mid_tokens} tokens a compressed block')
+
+
+def _memory(memory: int | None, target: str | None) -> tuple[int, str]:
+  if memory is not None:
+    return memory, 'the device'
+  if target is not None:
+    return TARGETS[target].info.device_memory_size, TARGETS[target].name
+  return budget_lib.device_memory()
+
+
+def planned_scratch(plan: Plan, target: str, say: Say) -> int:
   """Temporary memory of a steady block on a card that need not be there, bytes.
 
   Raises:
-    SampleError: an unknown target, or its compiler is not installed.
+    SampleError: its compiler is not installed.
   """
   from pf_jax.aot.compile import compile_for
 
-  if target not in TARGETS:
-    raise SampleError(f'{target=} is unknown; use one of {", ".join(TARGETS)}.')
-  models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)).without_text())
-  state = jax.eval_shape(functools.partial(block_lib.init, batch=batch, spec=rollout), models)
-  rows = jax.ShapeDtypeStruct((batch, model.text.max_tokens, model.text.width), jnp.float32)
-  text = jax.eval_shape(CausalTransformer.text_keys_values, models.transformer, rows)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  models = jax.eval_shape(lambda: Models(plan.model, rngs=nnx.Rngs(0)).without_text())
+  shapes = block_lib.input_shapes(models, plan.batch, plan.rollout)
   say(f'compiling a block for {TARGETS[target].name} ...')
+  block = functools.partial(block_lib.sample_block, first=False, spec=plan.rollout)
   try:
-    report = compile_for(functools.partial(block_lib.sample_block, first=False, spec=rollout),
-                         (models, state, text, keys), TARGETS[target], donate=(1,))
+    report = compile_for(block, (models, shapes.state, shapes.text, shapes.keys), TARGETS[target],
+                         donate=(1,))
   except ModuleNotFoundError as error:
     raise SampleError(str(error)) from error
   say(f'compiled in {report.trace_seconds + report.compile_seconds:.0f} s: '
@@ -112,6 +111,22 @@ def planned_scratch(model: ModelSpec, rollout: RolloutSpec, batch: int, target: 
   return report.scratch_bytes
 
 
-def _say_files(paths: Sequence[pathlib.Path], say: Say) -> None:
-  for path in paths:
-    say(f'reads {path} ({meter.megabytes(path.stat().st_size)})')
+def say_files(weights: ReleasedWeights, say: Say) -> None:
+  """Names the released files, which must fit; nothing is downloaded.
+
+  Raises:
+    WeightsError, PackageError: they are missing, damaged, or of another model.
+  """
+  try:
+    opened = weights.open(download=False, say=say)
+  except NotDownloaded as error:
+    say(f'{error} Sizes are those of the config.')
+    return
+  for path in opened.files:
+    say(f'reads {path} ({meter.megabytes(_size(path))})')
+
+
+def _size(path: pathlib.Path) -> int:
+  if path.is_file():
+    return path.stat().st_size
+  return sum(inside.stat().st_size for inside in path.rglob('*') if inside.is_file())

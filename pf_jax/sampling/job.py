@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pf_jax import outputs
 from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.pipeline import Pipeline
 from pf_jax.progress import Progress
-from pf_jax.request import Request, plan_batches
+from pf_jax.request import Request
 from pf_jax.sampling import budget, files, meter
 from pf_jax.sampling.beginning import Beginning, blocks_of, given_blocks
 from pf_jax.sampling.config import SampleSpec
@@ -32,6 +32,7 @@ from pf_jax.sampling.plan import (
   SampleError,
   Say,
   check_same,
+  make_plan,
   read_run,
   warn_about_prompts,
   write_run,
@@ -78,61 +79,69 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
 
   Raises:
     SampleError: the request does not fit the model or the run to resume, or no usable model.
+    DoesNotFit: more memory or disk is needed than there is.
     NotWritable, OutputExists, DirectoryInUse: the directory cannot be used.
     OSError: something could not be written.
   """
   with outputs.claim_directory(output, say=say) as root, meter.CompileCounter() as compilations:
-    batches = tuple(plan_batches(request.schedules, spec.batch_size))
+    plan = make_plan(request, spec, source or ModelSource(), root,
+                     _described(beginning))
     resume = resume and (root / files.RUN_FILE).exists()
-    if not resume:
-      files.check_free(root, files.video_names(request), len(batches), overwrite=overwrite)
-    source = source or ModelSource()
-    pipeline, given = _load(request, spec, source, beginning, batches, say)
-    plan = Plan(request, spec, pipeline, source, root, batches,
-                beginning.describe() if beginning else None)
     if resume:
       check_same(read_run(root), plan, 'Give the same command again with --resume, or --overwrite '
                  'to start again.', say)
-    todo = [i for i in range(len(batches)) if not (resume and plan.is_finished(i))]
+    else:
+      files.check_free(root, plan.names, len(plan.batches), overwrite=overwrite)
+    todo = [i for i in range(len(plan.batches)) if not (resume and plan.is_finished(i))]
     if not todo:
       say(f'{root}: this run is finished already; nothing to do.')
       return Result(root, _videos(plan), None, {})
-    expected = _prepare(plan, len(todo), given, say)
+    memory = budget.device_memory()  # before anything is loaded
+    plan.budget().check(*memory)
     if not resume:
-      files.clear(root, plan.names, len(batches))
+      plan.budget().check_disk(root)
+    pipeline, given = _load(plan, beginning, say)
+    expected = _prepare(plan, pipeline, len(todo), given, memory, say)
+    if not resume:
+      files.clear(root, plan.names, len(plan.batches))
       write_run(plan)
-    return _Job(plan, expected, compilations, given, save_latents, say).run(todo)
+    return _Job(plan, pipeline, expected, compilations, given, save_latents, say).run(todo)
 
 
-def _load(request: Request, spec: SampleSpec, source: ModelSource, beginning: Beginning | None,
-          batches: Sequence[Sequence[int]], say: Say) -> tuple[Pipeline, np.ndarray | None]:
-  """The pipeline and the frames of the beginning; what cannot work is refused before loading."""
-  texts = [text for schedule in request.schedules for text in schedule.texts]
-  cache, sampler = spec.chosen('cache'), spec.chosen('sampler')
+def _described(beginning: Beginning | None) -> dict[str, Any] | None:
+  if beginning is None:
+    return None
   try:
-    model, rollout = source.specs(cache, sampler)
-    blocks = model.video.blocks_for_seconds(request.seconds)
-    budget.budget(model, rollout, batch=max(map(len, batches)),
-                  blocks=blocks * len(request.prompts),
-                  texts=max(len(s.texts) for s in request.schedules),
-                  ).check(*budget.device_memory())
-    given = None if beginning is None else beginning.read(model.video, blocks, say)
-    pipeline = source.load(cache, sampler, texts=texts, say=say)
-  except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
+    return beginning.describe()
+  except OSError as error:
+    raise SampleError(f'cannot read {beginning.path!r} ({error.strerror}); a video begins with '
+                      'a file that is there.') from error
+
+
+def _load(plan: Plan, beginning: Beginning | None, say: Say) -> tuple[Pipeline, np.ndarray | None]:
+  """The pipeline and the frames of the beginning, which are looked at first."""
+  texts = [text for schedule in plan.request.schedules for text in schedule.texts]
+  try:
+    given = None if beginning is None else beginning.read(plan.video, plan.blocks, say)
+    pipeline = plan.source.load(plan.spec.chosen('cache'), plan.spec.chosen('sampler'),
+                                texts=texts, say=say)
+  except ValueError as error:
     raise SampleError(str(error)) from error
-  warn_about_prompts(pipeline, texts, say)
+  warn_about_prompts(pipeline.tokenizer, texts, say)
   return pipeline, given
 
 
-def _prepare(plan: Plan, batches: int, given: np.ndarray | None, say: Say) -> meter.Estimate:
-  """Compiles everything and says what the run will take."""
-  say(f'{_count(plan)} of {plan.blocks} blocks, {plan.pipeline.video.pixel_frames(plan.blocks)} '
-      'frames; compiling ...')
-  programs = plan.pipeline.programs(plan.batch)
+def _prepare(plan: Plan, pipeline: Pipeline, batches: int, given: np.ndarray | None,
+             memory: tuple[int, str], say: Say) -> meter.Estimate:
+  """Compiles everything, checks the memory that the programs plan, says what the run will take."""
+  say(f'{_count(plan)} of {plan.blocks} blocks, {plan.video.pixel_frames(plan.blocks)} frames; '
+      'compiling ...')
+  programs = pipeline.programs(plan.batch)
   if given is not None and len(given) == 1:
     programs.prepare_picture()
   say(f'compiled in {sum(programs.compile_seconds.values()):.1f} s.')
-  expected = meter.estimate(plan.pipeline, programs, plan.blocks * batches)
+  plan.budget(programs.scratch_bytes).check(*memory)
+  expected = meter.estimate(pipeline, programs, plan.blocks * batches)
   say(str(expected))
   return expected
 
@@ -149,10 +158,10 @@ def _videos(plan: Plan) -> tuple[pathlib.Path, ...]:
 class _Job:
   """The batches of a run, one after the other."""
 
-  def __init__(self, plan: Plan, expected: meter.Estimate, compilations: meter.CompileCounter,
-               given: np.ndarray | None, keep: bool, say: Say):
-    self._plan, self._expected, self._keep, self._say = plan, expected, keep, say
-    self._given = given
+  def __init__(self, plan: Plan, pipeline: Pipeline, expected: meter.Estimate,
+               compilations: meter.CompileCounter, given: np.ndarray | None, keep: bool, say: Say):
+    self._plan, self._pipeline, self._given = plan, pipeline, given
+    self._expected, self._keep, self._say = expected, keep, say
     self._meter = meter.Meter(compilations)
 
   def run(self, todo: list[int]) -> Result:
@@ -197,15 +206,14 @@ class _Job:
       done = known
       start = time.perf_counter()
       # The record grows with every block, so it never holds the one that is asked for next.
-      for block in plan.sample(index, record):
+      for block in plan.sample(self._pipeline, index, record):
         if not block.replayed:
           record.append(np.asarray(block.latents), np.asarray(block.selected))
         output.add(np.asarray(block.frames)[:len(plan.batches[index])])
         now = time.perf_counter()
         self._meter.add(block.number, now - start, block.state, replayed=block.replayed)
         start, done = now, max(known, block.number + 1)
-        progress.show({'video_seconds': plan.pipeline.video.pixel_frames(block.number + 1)
-                       / plan.pipeline.video.fps})
+        progress.show({'video_seconds': plan.video.pixel_frames(block.number + 1) / plan.video.fps})
         progress.update()
         if stop:
           break
@@ -215,18 +223,18 @@ class _Job:
     """Puts the given blocks into the record, from where they are replayed like any others."""
     assert self._given is not None
     plan, known = self._plan, len(record)
-    if known >= blocks_of(self._given, plan.pipeline.video):
+    if known >= blocks_of(self._given, plan.video):
       return
     rows, request = plan.rows(index), plan.request
     texts = [request.schedules[row].texts[0] for row in rows]
     seeds = [request.seeds[row] for row in rows]
-    for number, block in enumerate(given_blocks(plan.pipeline, self._given, texts, seeds)):
+    for number, block in enumerate(given_blocks(self._pipeline, self._given, texts, seeds)):
       if number >= known:
         record.append(*block)
 
   def _metrics(self, done: int, status: str) -> dict[str, Any]:
     plan, expected = self._plan, self._expected
-    video, seconds = plan.pipeline.video, plan.pipeline.programs(plan.batch).compile_seconds
+    video, seconds = plan.video, self._pipeline.programs(plan.batch).compile_seconds
     return {
         'status': status, 'rollout': ROLLOUT, 'videos': len(plan.names), 'batch': plan.batch,
         'given_blocks': 0 if self._given is None else blocks_of(self._given, video),

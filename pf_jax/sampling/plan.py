@@ -9,16 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pf_jax import outputs
-from pf_jax.models.tokenizer import UNK
+from pf_jax import pipeline as pipeline_lib
+from pf_jax.models.bundle import ModelSpec
+from pf_jax.models.tokenizer import UNK, Tokenizer
 from pf_jax.pipeline import Pipeline
-from pf_jax.request import Request, RequestError
+from pf_jax.request import Request, RequestError, plan_batches
+from pf_jax.rollout.block import RolloutSpec
 from pf_jax.rollout.stream import Block
+from pf_jax.sampling import budget as budget_lib
 from pf_jax.sampling import files, meter
 from pf_jax.sampling import record as record_lib
+from pf_jax.sampling.budget import Budget
 from pf_jax.sampling.config import SampleSpec
 from pf_jax.sampling.files import BatchFiles
 from pf_jax.sampling.record import Record
 from pf_jax.sampling.source import ModelSource
+from pf_jax.types import VideoSpec
 from pf_jax.viz.video import check_video_size
 
 ROLLOUT = 'stream'
@@ -38,11 +44,14 @@ class Plan:
   Attributes:
     request: what was asked for.
     spec: settings.
-    pipeline: the loaded model.
-    source: where it is from.
+    source: where the model is from.
+    model: its sizes.
+    rollout: static choices.
     root: directory of the files.
     batches: indices of the videos that advance together.
     beginning: what the videos begin with, see `Beginning.describe`; None if with noise.
+
+  Nothing has to be loaded for it.
 
   Raises:
     SampleError: the videos end before one of their switches, or cannot be stored.
@@ -50,14 +59,15 @@ class Plan:
 
   request: Request
   spec: SampleSpec
-  pipeline: Pipeline
   source: ModelSource
+  model: ModelSpec
+  rollout: RolloutSpec
   root: pathlib.Path
   batches: tuple[tuple[int, ...], ...]
   beginning: Mapping[str, Any] | None = None
 
   def __post_init__(self):
-    video = self.pipeline.video
+    video = self.video
     try:
       check_video_size(video.height, video.width, video.fps)
       for schedule in self.request.schedules:
@@ -66,9 +76,19 @@ class Plan:
       raise SampleError(str(error)) from error
 
   @property
+  def video(self) -> VideoSpec:
+    """Geometry of the videos."""
+    return self.model.video
+
+  @property
+  def choices(self) -> dict[str, dict[str, Any]]:
+    """See `Pipeline.choices`."""
+    return pipeline_lib.choices_of(self.rollout)
+
+  @property
   def blocks(self) -> int:
     """Of every video."""
-    return self.pipeline.video.blocks_for_seconds(self.request.seconds)
+    return self.video.blocks_for_seconds(self.request.seconds)
 
   @property
   def batch(self) -> int:
@@ -87,18 +107,18 @@ class Plan:
 
   def record(self, index: int, source: pathlib.Path | None = None) -> Record:
     """Opens the record of a batch, to write in the plan's directory or to read in another."""
-    video, cache = self.pipeline.video, self.pipeline.spec.cache
+    video, cache = self.video, self.rollout.cache
     shapes = {record_lib.LATENTS: ((self.batch, *video.block_latent_shape), 'float32'),
               record_lib.SELECTED: ((cache.num_layers, self.batch, cache.top_k), 'int32')}
     return Record(files.record_path(source or self.root, index), self.blocks, shapes,
                   create=source is None)
 
-  def sample(self, index: int, replay: Record) -> Iterator[Block]:
+  def sample(self, pipeline: Pipeline, index: int, replay: Record) -> Iterator[Block]:
     """The blocks of a batch, from `Pipeline.blocks`."""
     rows, schedules, seeds = self.rows(index), self.request.schedules, self.request.seeds
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', UserWarning)  # said before, see `warn_about_prompts`
-      return self.pipeline.blocks([schedules[row] for row in rows], self.blocks,
+      return pipeline.blocks([schedules[row] for row in rows], self.blocks,
                                   [seeds[row] for row in rows], replay=replay)
 
   def open_files(self, index: int, *, replayed: int = 0) -> BatchFiles:
@@ -106,14 +126,21 @@ class Plan:
     videos = self.batches[index]
     return BatchFiles(
         self.root, [self.names[video] for video in videos],
-        [self.request.prompts[video] for video in videos], self.pipeline.video,
+        [self.request.prompts[video] for video in videos], self.video,
         blocks=self.blocks, replayed=replayed, quality=self.spec.quality,
         columns=self.spec.sheet_columns, sheet=files.sheet_name(index, len(self.batches)))
 
   @functools.cached_property
   def digests(self) -> dict[str, str]:
-    """Of the model's files."""
-    return self.source.digests()
+    """Of the model's files.
+
+    Raises:
+      SampleError: they are not there.
+    """
+    try:
+      return self.source.digests()
+    except (ValueError, OSError) as error:
+      raise SampleError(str(error)) from error
 
   def identity(self) -> dict[str, Any]:
     """What decides every bit of the result, as it reads back from JSON."""
@@ -121,7 +148,7 @@ class Plan:
         'prompts': self.request.prompts, 'seconds': self.request.seconds,
         'seed': self.request.seed, 'blocks': self.blocks, 'batches': self.batches,
         'model': self.digests, 'sizes': self.source.sizes(), 'beginning': self.beginning,
-        **self.pipeline.choices}))
+        **self.choices}))
 
   def write_sidecars(self, index: int, done: int, status: str, **more: Any) -> None:
     """Writes the JSON beside each video of a batch, `done` blocks of which are finished."""
@@ -132,7 +159,7 @@ class Plan:
           'versions': versions, **more})
 
   def _describe(self, video: int, done: int) -> dict[str, Any]:
-    schedule, geometry = self.request.schedules[video], self.pipeline.video
+    schedule, geometry = self.request.schedules[video], self.video
     return {
         'file': f'{self.names[video]}.mp4', 'prompt': schedule.source, 'texts': schedule.texts,
         'text_of_block': [schedule.of_block(block) for block in range(self.blocks)],
@@ -141,13 +168,39 @@ class Plan:
         'planned_blocks': self.blocks, 'frames': geometry.pixel_frames(done) if done else 0,
         'fps': geometry.fps, 'height': geometry.height, 'width': geometry.width,
         'frames_per_block': geometry.frames_per_block, 'rollout': ROLLOUT,
-        'config': {**dataclasses.asdict(self.spec), **self.pipeline.choices}}
+        'config': {**dataclasses.asdict(self.spec), **self.choices}}
+
+  def budget(self, scratch: int | None = None) -> Budget:
+    """What the run takes.
+
+    Args:
+      scratch: temporary memory of its largest program, bytes; None if it was not compiled.
+    """
+    return budget_lib.budget(
+        self.model, self.rollout, batch=self.batch, blocks=self.blocks,
+        videos=len(self.request.prompts), quality=self.spec.quality, scratch=scratch,
+        texts=max(len(schedule.texts) for schedule in self.request.schedules))
 
   def is_finished(self, index: int) -> bool:
     """Whether nothing is left to do for a batch, by its sidecars."""
     names = [self.names[video] for video in self.batches[index]]
     return all(read_json(self.root / f'{name}.json').get('status') == FINISHED
                and (self.root / f'{name}.mp4').exists() for name in names)
+
+
+def make_plan(request: Request, spec: SampleSpec, source: ModelSource, root: pathlib.Path,
+              beginning: Mapping[str, Any] | None = None) -> Plan:
+  """Lays a request out; nothing is loaded.
+
+  Raises:
+    SampleError: no such model, choices that do not fit it, or what `Plan` refuses.
+  """
+  try:
+    model, rollout = source.specs(spec.chosen('cache'), spec.chosen('sampler'))
+  except (ValueError, TypeError) as error:  # TypeError: a choice of the wrong type
+    raise SampleError(str(error)) from error
+  return Plan(request, spec, source, model, rollout, root,
+              tuple(plan_batches(request.schedules, spec.batch_size)), beginning)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -204,14 +257,14 @@ def check_same(run: Mapping[str, Any], plan: Plan, remedy: str, say: Say) -> Non
     say(f'note: {", ".join(differing)}; the last bits may differ from an uninterrupted run.')
 
 
-def warn_about_prompts(pipeline: Pipeline, texts: Sequence[str], say: Say) -> None:
+def warn_about_prompts(tokenizer: Tokenizer, texts: Sequence[str], say: Say) -> None:
   """Says what the tokenizer cannot represent, once for every text."""
   for text in dict.fromkeys(texts):
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always')
-      pipeline.tokenizer(text)
+      tokenizer(text)
     for warning in caught:
       say(f'warning: {warning.message}')
-    if unknown := pipeline.tokenizer.pieces(text).count(UNK):
+    if unknown := tokenizer.pieces(text).count(UNK):
       say(f'warning: the prompt {text.strip()[:40]!r} has {unknown} pieces outside the '
           'vocabulary; the model sees <unk> there.')

@@ -24,10 +24,12 @@ class ModelSource:
   Attributes:
     checkpoint: see `pf_jax.load`; None is the packaged model.
     weights: see `pf_jax.released`; takes the place of `checkpoint`.
+    model: sizes alone, of weights that are yet to be had: enough for a dry run.
   """
 
   checkpoint: str | os.PathLike | None = None
   weights: ReleasedWeights | None = None
+  model: ModelSpec | None = None
 
   def specs(self, cache: Mapping[str, Any], sampler: Mapping[str, Any]
             ) -> tuple[ModelSpec, RolloutSpec]:
@@ -37,9 +39,8 @@ class ModelSource:
       ValueError: as `load`.
     """
     own: Mapping[str, Mapping[str, Any]] = {}
-    if self.weights is not None:
-      model = self.weights.model
-    else:
+    model = self.model if self.weights is None else self.weights.model
+    if model is None:
       data = package.read_spec(pipeline_lib.find_model(self.checkpoint))
       model, own = data['spec'], data['choices']
     return model, pipeline_lib.rollout_spec(model, {
@@ -64,14 +65,14 @@ class ModelSource:
     return released.load(self.weights, cache=cache, sampler=sampler, texts=texts, say=say)
 
   def digests(self) -> dict[str, str]:
-    """What tells other weights apart, by file name.
+    """What tells other weights apart, by network and file name; folders may move.
 
     Raises:
       ValueError, OSError: files that are not there.
     """
     if self.weights is not None:
-      return {f'{path.parent.name}/{path.name}': outputs.file_digest(path)
-              for path in self.weights.files()}
+      return {f'{network}/{path.name}': outputs.file_digest(path)
+              for network, paths in self.weights.files().items() for path in paths}
     directory = pipeline_lib.find_model(self.checkpoint)
     return {name: outputs.file_digest(directory / name)
             for name in (package.SPEC_FILE, package.WEIGHTS_FILE)}
@@ -92,6 +93,27 @@ class ModelSource:
     directory = pipeline_lib.find_model(self.checkpoint)
     packaged = directory == pipeline_lib.PACKAGED
     return {'checkpoint': None if packaged else str(directory.resolve()), 'weights': None}
+
+  def moved(self, places: Mapping[str, Any]) -> 'ModelSource':
+    """The same model where it is now.
+
+    Args:
+      places: new paths: 'checkpoint' of a model directory; 'directory', 'transformer',
+        'compressor' of released weights.
+
+    Raises:
+      ValueError: places that this model does not have.
+    """
+    own = ('checkpoint',) if self.weights is None else _PATHS
+    if strange := [name for name in places if name not in own]:
+      flags = {'checkpoint': '--checkpoint', 'directory': '--weights'}
+      raise ValueError(
+          f'{flags.get(strange[0], "--" + strange[0])} does not belong to the model that was used, '
+          f'{"a model directory" if self.weights is None else "released weights"}; give '
+          f'{" or ".join(flags.get(name, "--" + name) for name in own)}.')
+    if self.weights is None:
+      return dataclasses.replace(self, **places)
+    return dataclasses.replace(self, weights=dataclasses.replace(self.weights, **places))
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> 'ModelSource':

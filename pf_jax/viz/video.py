@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pf_jax import outputs
+from pf_jax.data import media
 
 # empty_moov: the header comes first; frag_keyframe: a fragment per group of pictures.
 _CONTAINER = {'movflags': 'frag_keyframe+empty_moov+default_base_moof', 'flush_packets': '1'}
@@ -224,23 +225,10 @@ def _open_readable(path: str | os.PathLike) -> Any:
     return av.open(str(path))
   except av.error.InvalidDataError:
     data = pathlib.Path(path).read_bytes()
-    end = _torn_fragment(data)
-    if end is None:
+    whole = media.whole_fragments(io.BytesIO(data), len(data))
+    if whole == len(data):
       raise
-    return av.open(io.BytesIO(data[:end]))
-
-
-def _torn_fragment(data: bytes) -> int | None:
-  """Where an MP4's last box starts, if that box is an incomplete fragment header (`moof`)."""
-  start = 0
-  while start + 8 <= len(data):
-    size, kind = int.from_bytes(data[start:start + 4], 'big'), data[start + 4:start + 8]
-    if size < 8:
-      return None
-    if start + size > len(data):
-      return start if kind == b'moof' else None
-    start += size
-  return start if 0 < start < len(data) else None
+    return av.open(io.BytesIO(data[:whole]))
 
 
 def iterate_video(path: str | os.PathLike) -> Iterator[np.ndarray]:

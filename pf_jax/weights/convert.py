@@ -8,12 +8,13 @@ Values are written through a map of the finished file, so memory holds a release
 whatever the model's size, and an interrupted conversion goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import mmap
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -26,7 +27,7 @@ from pf_jax.weights.networks import Network, NetworkSpec
 from pf_jax.weights.package import from_dict
 from pf_jax.weights.rules import dotted
 from pf_jax.weights.safetensors_file import SafetensorsWriter, read_safetensors
-from pf_jax.weights.tensors import WeightsError, map_bytes
+from pf_jax.weights.tensors import WeightsError, brief, map_bytes, reason
 
 FORMAT, VERSION = 'pf_jax.network', '1'
 Formats = Literal['safetensors', 'orbax', 'both']
@@ -40,7 +41,7 @@ def converted_path(directory: str | os.PathLike, kind: str) -> pathlib.Path:
 
 def orbax_path(directory: str | os.PathLike, kind: str) -> pathlib.Path:
   """Where its Orbax form lies."""
-  return pathlib.Path(directory).resolve() / f'{kind}.orbax'
+  return pathlib.Path(directory).absolute() / f'{kind}.orbax'
 
 
 def pieces_of(spec: NetworkSpec) -> int:
@@ -136,8 +137,8 @@ def is_converted(path: pathlib.Path) -> bool:
       read_safetensors(path)[1].get('format') == FORMAT)
 
 
-def load_converted(path: pathlib.Path, spec: NetworkSpec) -> Any:
-  """Loads a converted network.
+def open_converted(path: pathlib.Path, spec: NetworkSpec) -> Callable[[], Any]:
+  """Checks a converted network by its header; what is returned loads it.
 
   Args:
     path: `converted_path` or `orbax_path`.
@@ -148,25 +149,35 @@ def load_converted(path: pathlib.Path, spec: NetworkSpec) -> Any:
   """
   target = networks.network(spec)
   if path.is_dir():
-    return _load_orbax(path, target)
+    return _open_orbax(path, target)
   tensors, header = read_safetensors(path)
   if header.get('version') != VERSION or header.get('kind') != target.kind:
-    raise WeightsError(f'{path} holds {header.get("kind")!r} in version {header.get("version")!r}, '
-                       f'wanted {target.kind!r} in version {VERSION!r}; convert it again.')
-  _check_sizes(path, json.loads(header['spec']), spec)
+    kind, version = (brief(header.get(name, '')) for name in ('kind', 'version'))
+    raise WeightsError(f'{path} holds {kind} in version {version}, wanted {target.kind!r} in '
+                       f'version {VERSION!r}; convert it again.')
+  _check_sizes(path, _sizes(path, header, type(spec)), spec)
   _check_leaves(path, {name: tensor.shape for name, tensor in tensors.items()}, target)
   # Cast on the host: JAX would compile a program for every shape.
-  return jax.tree_util.tree_map_with_path(
+  return lambda: jax.tree_util.tree_map_with_path(
       lambda p, leaf: jnp.asarray(tensors[dotted(p)].read().astype(leaf.dtype)), target.shapes)
 
 
-def _check_sizes(path: pathlib.Path, stored: dict[str, Any], spec: NetworkSpec) -> None:
-  own = from_dict(type(spec), stored)
+def _sizes(path: pathlib.Path, header: Mapping[str, str], kind: type[NetworkSpec]) -> NetworkSpec:
+  """What a header says about sizes, which may be anything."""
+  try:
+    return from_dict(kind, json.loads(header['spec']))
+  except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+          ValueError) as error:
+    raise WeightsError(f'{path} says no sizes of a {kind.__name__} ({type(error).__name__}: '
+                       f'{reason(error)}); convert it again.') from error
+
+
+def _check_sizes(path: pathlib.Path, own: NetworkSpec, spec: NetworkSpec) -> None:
   for field in dataclasses.fields(spec):
     got, wanted = getattr(own, field.name), getattr(spec, field.name)
     if field.name not in ('dtypes', 'remat') and got != wanted:
-      raise WeightsError(f'{path} was converted with {field.name}={got}, the config says {wanted}; '
-                         'use the config of these weights.')
+      raise WeightsError(f'{path} was converted with {field.name}={ascii(got)[:80]}, the config '
+                         f'says {wanted}; use the config of these weights.')
 
 
 def _check_leaves(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], target: Network) -> None:
@@ -174,15 +185,32 @@ def _check_leaves(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], target
   if shapes != wanted:
     wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
     raise WeightsError(f'{path} does not fit the {target.kind}: {len(wrong)} parameters differ, '
-                       f'first {wrong[0]!r}; convert it again.')
+                       f'first {brief(wrong[0])}; convert it again.')
 
 
-def _load_orbax(path: pathlib.Path, target: Network) -> Any:
+def _open_orbax(path: pathlib.Path, target: Network) -> Callable[[], Any]:
   from pf_jax.weights import orbax_file
 
-  _check_leaves(path, orbax_file.shapes(path), target)
-  values = orbax_file.load(path, target.leaves)
-  return jax.tree_util.tree_map_with_path(lambda p, leaf: values[dotted(p)], target.shapes)
+  with _orbax_errors(path):
+    shapes = orbax_file.shapes(path)
+  _check_leaves(path, shapes, target)
+
+  def load() -> Any:
+    with _orbax_errors(path):
+      values = orbax_file.load(path, target.leaves)
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: values[dotted(p)], target.shapes)
+
+  return load
+
+
+@contextlib.contextmanager
+def _orbax_errors(path: pathlib.Path) -> Iterator[None]:
+  """Orbax raises nearly anything at files that it dislikes, over many lines."""
+  try:
+    yield
+  except Exception as error:
+    raise WeightsError(f'{path} is not a whole Orbax checkpoint ({type(error).__name__}: '
+                       f'{reason(error)}); convert it again.') from error
 
 
 def map_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -8,13 +8,20 @@
 
 diffusers has no PackForcing cache, so what it samples with these files is the bidirectional model.
 The compressor's folder is ignored there and read back by `launch.sample --compressor`.
+
+Readers take whatever shards and indices they find, so that an export shares its directory with
+nothing, and appears in it as a whole (`outputs.atomic_directory`) or not at all.
 """
 
 import dataclasses
+import errno
+import functools
+import itertools
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,9 +32,11 @@ from pf_jax.models.bundle import Models
 from pf_jax.models.text import TextSpec
 from pf_jax.models.transformer import EPS, TransformerSpec
 from pf_jax.models.vae import VaeSpec
+from pf_jax.types import tree_bytes
 from pf_jax.weights import networks
 from pf_jax.weights.rules import dotted
 from pf_jax.weights.safetensors_file import SafetensorsWriter
+from pf_jax.weights.tensors import WeightsError
 
 # Folder and file of each network, as the libraries name them.
 _PLACES = {'transformer': ('transformer', 'diffusion_pytorch_model.safetensors'),
@@ -37,6 +46,7 @@ _DIFFUSERS_VERSION = '0.35.0'  # the first whose Wan classes have every field wr
 # It reads tokenizer.json as it is; T5's own class would add a hundred tokens to it.
 _TOKENIZER = 'PreTrainedTokenizerFast'
 COMPRESSOR = pathlib.PurePath('compressor', 'compressor.safetensors')
+_INDEX_FILE = 'model_index.json'
 _INDEX = {
     '_class_name': 'WanPipeline', '_diffusers_version': _DIFFUSERS_VERSION,
     'scheduler': ['diffusers', 'UniPCMultistepScheduler'],
@@ -48,6 +58,16 @@ _SCHEDULER = {
     '_class_name': 'UniPCMultistepScheduler', '_diffusers_version': _DIFFUSERS_VERSION,
     'num_train_timesteps': 1000, 'prediction_type': 'flow_prediction', 'predict_x0': True,
     'solver_order': 2, 'solver_type': 'bh2', 'lower_order_final': True, 'use_flow_sigmas': True}
+# Every file of an export: a directory with anything else in it is not one, and is not replaced.
+_FILES = frozenset([
+    _INDEX_FILE, str(COMPRESSOR), 'compressor/config.json', 'scheduler/scheduler_config.json',
+    'tokenizer/tokenizer.json', 'tokenizer/tokenizer_config.json',
+    *(f'{folder}/{name}' for folder, file in _PLACES.values() for name in (file, 'config.json')),
+    outputs.LOCK_NAME])  # of exports that were written in place
+_FOLDERS = frozenset(name.split('/')[0] for name in _FILES if '/' in name)
+_SHOWN = 3
+_SMALL_BYTES = 4 << 20  # headers and configurations
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def transformer_config(spec: TransformerSpec) -> dict[str, Any]:
@@ -91,10 +111,60 @@ _CONFIGS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     'transformer': transformer_config, 'vae': vae_config, 'text': text_config}
 
 
+def check_output(output: str | os.PathLike, *, overwrite: bool = False) -> None:
+  """Refuses a directory that `export_diffusers` would not replace, so that it can be known early.
+
+  Args:
+    output: nothing, an empty directory, or an earlier export.
+    overwrite: whether an earlier export may be replaced.
+
+  Raises:
+    NotWritable: it holds something that no export wrote; up to three names.
+    OutputExists: it holds an export, and `overwrite` is false.
+  """
+  root = pathlib.Path(output)
+  names = sorted(os.listdir(root)) if root.is_dir() else []
+  if not names:
+    return
+  strange = [*itertools.islice(_strange(root), _SHOWN)] or (
+      [] if _is_export(root) else names[:_SHOWN])
+  if strange:
+    raise outputs.NotWritable(
+        f'{root} holds {", ".join(strange)}; wanted a new or empty directory, or an earlier export '
+        'and nothing else. Move that away or choose another directory.')
+  if not overwrite:
+    raise outputs.OutputExists(f'{root} exists already; pass --overwrite to replace that export or '
+                               'choose another directory.')
+
+
+def _is_export(root: pathlib.Path) -> bool:
+  """Whether the index is of our kind, and the folder is there that only exports from here have."""
+  try:
+    index = json.loads((root / _INDEX_FILE).read_bytes())
+  except (OSError, ValueError):
+    return False
+  return (isinstance(index, dict) and index.get('_class_name') == _INDEX['_class_name']
+          and (root / COMPRESSOR).is_file())
+
+
+def _strange(root: pathlib.Path, folder: str = '') -> Iterator[str]:
+  """Names in a directory that no export has; lazily, as it may be somebody's home."""
+  for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+    name = folder + entry.name
+    if entry.is_dir(follow_symlinks=False) and name in _FOLDERS:
+      yield from _strange(root, f'{name}/')
+    elif not entry.is_file(follow_symlinks=False) or name not in _FILES:
+      yield name
+
+
 def export_diffusers(models: Models, tokenizer: str | os.PathLike, output: str | os.PathLike, *,
                      choices: Mapping[str, Any] | None = None, overwrite: bool = False,
-                     progress: Callable[[str], None] | None = None) -> pathlib.Path:
+                     progress: Callable[[str], None] | None = None,
+                     say: Callable[[str], None] = print) -> pathlib.Path:
   """Writes all networks of a model.
+
+  Whatever happens meanwhile, a kill included, `output` is what it was or the whole export; see
+  `outputs.atomic_directory`. An earlier export keeps its room on disk until then.
 
   Args:
     models: the networks; values are written as they are, in their own dtypes.
@@ -103,36 +173,55 @@ def export_diffusers(models: Models, tokenizer: str | os.PathLike, output: str |
     choices: how the model is meant to be sampled, see `package.Package`.
     overwrite: replace an earlier export.
     progress: told every file that is finished.
+    say: receives notices.
 
   Returns:
     The directory.
 
   Raises:
-    OutputExists, NotWritable, DirectoryInUse: the output cannot be used.
-    WeightsError: too little disk.
+    OutputExists, NotWritable: see `check_output`; nothing was written.
+    DirectoryInUse: another process is exporting to it.
+    WeightsError: too little disk; nothing was replaced.
   """
-  spec = models.spec
-  with outputs.claim_directory(output) as root:
-    # The index is written last: without it nothing here is a model yet.
-    index = outputs.output_path(root, 'model_index.json', overwrite=overwrite)
-    index.unlink(missing_ok=True)
-    for kind, (folder, file) in _PLACES.items():
-      module = getattr(models, kind)
-      _write_network(root / folder / file, module, _CONFIGS[kind](module.spec))
-      if progress:
-        progress(f'{folder}/{file}')
-    _write_compressor(root, models, choices or {})
-    (root / 'tokenizer').mkdir(exist_ok=True)
-    shutil.copyfile(tokenizer, root / 'tokenizer' / 'tokenizer.json')
-    outputs.write_json(root / 'tokenizer' / 'tokenizer_config.json', {
-        'tokenizer_class': _TOKENIZER, 'model_max_length': spec.text.max_tokens,
-        'pad_token': '<pad>', 'eos_token': '</s>', 'bos_token': '<s>', 'unk_token': '<unk>'})
-    (root / 'scheduler').mkdir(exist_ok=True)
-    shift = (choices or {}).get('sampler', {}).get('shift', 5.0)
-    outputs.write_json(root / 'scheduler' / 'scheduler_config.json',
-                       {**_SCHEDULER, 'flow_shift': shift})
-    outputs.write_json(index, _INDEX)
-    return root
+  check = functools.partial(check_output, overwrite=overwrite)
+  try:
+    with outputs.atomic_directory(output, check, say=say) as root:
+      _check_space(root, tree_bytes(models) + os.path.getsize(tokenizer), output)
+      _write(root, models, tokenizer, choices or {}, progress or (lambda name: None))
+  except OSError as error:
+    if error.errno not in _DISK_FULL:
+      raise
+    raise WeightsError(f'the disk of {output} is full ({error.strerror}); nothing was replaced. '
+                       'Make room or choose another disk.') from error
+  return pathlib.Path(output)
+
+
+def _check_space(root: pathlib.Path, values: int, output: str | os.PathLike) -> None:
+  needed, free = values + _SMALL_BYTES, shutil.disk_usage(root).free
+  if free < needed:
+    raise WeightsError(f'{output} takes {needed / 1e9:.3f} GB, and its disk has {free / 1e9:.3f} '
+                       'GB free (an earlier export stays until the new one is whole); nothing was '
+                       'written. Make room or choose another disk.')
+
+
+def _write(root: pathlib.Path, models: Models, tokenizer: str | os.PathLike,
+           choices: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+  """All files, into an empty directory."""
+  for kind, (folder, file) in _PLACES.items():
+    module = getattr(models, kind)
+    _write_network(root / folder / file, module, _CONFIGS[kind](module.spec))
+    progress(f'{folder}/{file}')
+  _write_compressor(root, models, choices)
+  (root / 'tokenizer').mkdir()
+  shutil.copyfile(tokenizer, root / 'tokenizer' / 'tokenizer.json')
+  outputs.write_json(root / 'tokenizer' / 'tokenizer_config.json', {
+      'tokenizer_class': _TOKENIZER, 'model_max_length': models.spec.text.max_tokens,
+      'pad_token': '<pad>', 'eos_token': '</s>', 'bos_token': '<s>', 'unk_token': '<unk>'})
+  (root / 'scheduler').mkdir()
+  shift = choices.get('sampler', {}).get('shift', 5.0)
+  outputs.write_json(root / 'scheduler' / 'scheduler_config.json',
+                     {**_SCHEDULER, 'flow_shift': shift})
+  outputs.write_json(root / _INDEX_FILE, _INDEX)
 
 
 def _write_network(path: pathlib.Path, module: Any, config: dict[str, Any]) -> None:
@@ -140,10 +229,10 @@ def _write_network(path: pathlib.Path, module: Any, config: dict[str, Any]) -> N
   target = networks.network(module.spec)
   values = {dotted(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(module)}
   pieces = list(target.pieces())
-  path.parent.mkdir(exist_ok=True)
+  path.parent.mkdir()
   writer = SafetensorsWriter(
       path, {target.diffusers(piece.name): (piece.shape, np.dtype(values[piece.path].dtype))
-             for piece in pieces}, {'format': 'pt'}, restart=True)
+             for piece in pieces}, {'format': 'pt'})
   for piece in pieces:
     value = values[piece.path] if piece.layer is None else values[piece.path][piece.layer]
     with writer.piece(target.diffusers(piece.name)) as array:
@@ -157,7 +246,7 @@ def _write_compressor(root: pathlib.Path, models: Models, choices: Mapping[str, 
 
   spec = models.spec
   path = root / COMPRESSOR
-  path.parent.mkdir(exist_ok=True)
+  path.parent.mkdir()
   outputs.write_bytes(path, save({
       dotted(p): np.ascontiguousarray(leaf)
       for p, leaf in jax.tree_util.tree_leaves_with_path(models.compressor)}))

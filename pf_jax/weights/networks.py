@@ -91,6 +91,11 @@ class Network:
     return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
 
+def kind_of(spec: NetworkSpec) -> str:
+  """'transformer', 'vae' or 'text'."""
+  return {TransformerSpec: 'transformer', VaeSpec: 'vae', TextSpec: 'text'}[type(spec)]
+
+
 def network(spec: NetworkSpec) -> Network:
   """The network that a spec describes."""
   if isinstance(spec, TransformerSpec):
@@ -190,11 +195,17 @@ def from_released(tensors: Tensors, spec: NetworkSpec, *,
   """
   target = network(spec)
   check(tensors, target)
+  return fill(tensors, target, progress=progress)
+
+
+def fill(tensors: Tensors, target: Network, *, progress: Callable[[str], None] | None = None
+         ) -> Any:
+  """As `from_released`, for tensors that are known to fit."""
   pieces: dict[str, list[Piece]] = {}
   for piece in target.pieces():
     pieces.setdefault(piece.path, []).append(piece)
 
-  def fill(path, leaf):
+  def parameter(path, leaf):
     parts = pieces[dotted(path)]
     array = np.empty(leaf.shape, leaf.dtype)
     for piece in parts:
@@ -203,7 +214,7 @@ def from_released(tensors: Tensors, spec: NetworkSpec, *,
         progress(piece.name)
     return jnp.asarray(array)
 
-  return jax.tree_util.tree_map_with_path(fill, target.shapes)
+  return jax.tree_util.tree_map_with_path(parameter, target.shapes)
 
 
 def to_released(module: CausalTransformer | WanVae | UMT5Encoder) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from pf_jax import outputs
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.vae import VaeSpec, WanVae
 from pf_jax.weights.rules import dotted
+from pf_jax.weights.tensors import WeightsError
 
 M = TypeVar('M', bound=nnx.Module)
 D = TypeVar('D')
@@ -105,6 +106,22 @@ def load_module(path: str | os.PathLike, shapes: M) -> M:
   return _fill(shapes, _read(path), path)
 
 
+def check_module(path: str | os.PathLike, shapes: nnx.Module) -> None:
+  """Refuses a file that `load_module` would refuse for its header, without reading values.
+
+  Raises:
+    PackageError: no such file, not safetensors, or tensors that do not fit (all of them named).
+  """
+  from pf_jax.weights.safetensors_file import read_safetensors
+
+  try:
+    tensors, _ = read_safetensors(pathlib.Path(path))
+  except (OSError, WeightsError) as error:
+    raise PackageError(f'cannot read weights from {path} ({error}).') from error
+  if problems := _problems(shapes, tensors):
+    raise PackageError(f'{path} does not fit the model: ' + '; '.join(problems) + '.')
+
+
 def _read(path: str | os.PathLike) -> bytes:
   try:
     return pathlib.Path(path).read_bytes()
@@ -122,21 +139,25 @@ def _fill(shapes: M, data: bytes, path: str | os.PathLike) -> M:
   except (SafetensorError, KeyError) as error:  # a KeyError names a dtype that NumPy lacks
     raise PackageError(f'{path} is not a whole safetensors file of known dtypes '
                        f'({error}).') from error
-  leaves = {dotted(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-  problems = [f'{name} is missing' for name in sorted(set(leaves) - set(tensors))]
-  problems += [f'{name} is unexpected' for name in sorted(set(tensors) - set(leaves))]
-  shared = {name: tensors[name] for name in leaves if name in tensors}
-  problems += [f'{name} has shape {tensor.shape}, wanted {leaves[name].shape}'
-               for name, tensor in shared.items() if tensor.shape != leaves[name].shape]
-  floats = {name: x for name, x in shared.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-  problems += [f'{name} is {shared[name].dtype}, wanted floating point'
-               for name in shared if name not in floats]
-  problems += [f'{name} is not finite' for name in _not_finite(floats)]
-  if problems:
+  floats = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+  if problems := _problems(shapes, tensors) + [f'{n} is not finite' for n in _not_finite(floats)]:
     raise PackageError(f'{path} does not fit the model: ' + '; '.join(problems) + '.')
   # Cast on the host: JAX would compile a program for every shape.
   return jax.tree_util.tree_map_with_path(
       lambda p, leaf: jnp.asarray(tensors[dotted(p)].astype(leaf.dtype)), shapes)
+
+
+def _problems(shapes: nnx.Module, tensors: Mapping[str, Any]) -> list[str]:
+  """What keeps tensors, by names, shapes and dtypes, from filling a module."""
+  leaves = {dotted(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+  problems = [f'{name} is missing' for name in sorted(set(leaves) - set(tensors))]
+  problems += [f'{name} is unexpected' for name in sorted(set(tensors) - set(leaves))]
+  shared = {name: tensors[name] for name in leaves if name in tensors}
+  problems += [f'{name} has shape {tuple(tensor.shape)}, wanted {leaves[name].shape}'
+               for name, tensor in shared.items() if tuple(tensor.shape) != leaves[name].shape]
+  return problems + [f'{name} is {tensor.dtype}, wanted floating point'
+                     for name, tensor in shared.items()
+                     if not jnp.issubdtype(tensor.dtype, jnp.floating)]
 
 
 def save_vae(directory: str | os.PathLike, vae: WanVae, spec: VaeSpec) -> None:

@@ -12,14 +12,16 @@ network is for `networks.check` to say.
 """
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pf_jax.weights import hub
 from pf_jax.weights.networks import Network, compare
 from pf_jax.weights.safetensors_file import read_safetensors
-from pf_jax.weights.tensors import LazyTensor, WeightsError
+from pf_jax.weights.tensors import LazyTensor, OpenedFile, WeightsError, brief, reason
 from pf_jax.weights.torch_file import read_torch
 
 # Where each network lies in a directory, first match first; a pattern ending in / is a folder.
@@ -34,6 +36,10 @@ SAFETENSORS, TORCH = ('.safetensors',), ('.pth', '.pt', '.bin', '.ckpt')
 ENTRIES = ('generator_ema', 'generator', 'model', 'state_dict', 'module')
 _WRAPPERS = re.compile(r'(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.')
 _PREFIXES = ('model.', 'module.', 'diffusion_model.')
+_MAX_PREFIXES = 8  # three are known to occur; a name may be nothing but prefixes
+# The index of Wan2.1 14B takes 0.1 MB.
+_MAX_INDEX_BYTES = 4 * 2**20
+_MOST_SHOWN = 10
 _TIED = ('encoder.embed_tokens.weight', 'shared.weight')  # transformers stores one matrix twice
 
 
@@ -71,10 +77,10 @@ def open_source(path: pathlib.Path, target: Network, *, entry: str | None = None
   for file in files:
     for name, tensor in _read(file, entry, notes).items():
       if name in tensors:
-        raise WeightsError(f'{name!r} is in {file} and in another of {len(files)} files beside it; '
-                           'keep one checkpoint in the directory.')
+        raise WeightsError(f'{brief(name)} is in {file} and in another of {len(files)} files '
+                           'beside it; keep one checkpoint in the directory.')
       tensors[name] = tensor
-  return Source(_wan_names(tensors, target, notes), files, tuple(notes))
+  return Source(_wan_names(tensors, target, path, notes), files, tuple(notes))
 
 
 def find_files(path: pathlib.Path, kind: str) -> tuple[pathlib.Path, ...]:
@@ -86,6 +92,9 @@ def find_files(path: pathlib.Path, kind: str) -> tuple[pathlib.Path, ...]:
   if path.is_file():
     return (path,)
   if not path.is_dir():
+    if os.path.lexists(path):
+      raise WeightsError(f'{path} is a pipe, a device or a link to nothing; wanted a file or a '
+                         'directory.')
     raise WeightsError(f'there is no file or directory {str(path)!r}.')
   for place in PLACES[kind]:
     if place.endswith('/'):
@@ -98,6 +107,12 @@ def find_files(path: pathlib.Path, kind: str) -> tuple[pathlib.Path, ...]:
     return files
   raise WeightsError(f'{path} holds no {kind}; wanted one of {", ".join(PLACES[kind])} there, or '
                      'a file of its own.')
+
+
+def patterns(kind: str) -> tuple[str, ...]:
+  """Of the files that a network may lie in, to ask the hub for no others."""
+  stems = [place.split('*')[0].rstrip('.') for place in (*PLACES[kind], kind)]
+  return tuple(stem + allowed for stem in stems for allowed in hub.ALLOWED)
 
 
 def _shards(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -115,17 +130,36 @@ def _complete(folder: pathlib.Path, found: Sequence[pathlib.Path]) -> tuple[path
   if len(indices) > 1:
     raise WeightsError(f'{folder} has {len(indices)} indices ({", ".join(i.name for i in indices)}'
                        '); keep one checkpoint in the directory.')
-  try:
-    names = sorted(set(json.loads(indices[0].read_text(encoding='utf-8'))['weight_map'].values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise WeightsError(f'{indices[0]} is not an index of shards ({error!r}); download it '
-                       'again.') from error
-  if strange := [n for n in names if not isinstance(n, str) or pathlib.PurePath(n).name != n]:
-    raise WeightsError(f'{indices[0]} names {strange[0]!r}, which is not a file beside it.')
-  if missing := [name for name in names if not (folder / name).is_file()]:
+  names = _indexed(indices[0])
+  there = set(os.listdir(folder))  # of which any number of names can be asked at once
+  if missing := [name for name in names if name not in there or not (folder / name).is_file()]:
     raise WeightsError(f'{folder} lacks {len(missing)} of {len(names)} shards: '
-                       f'{", ".join(missing)}; finish the download.')
+                       f'{_listed(missing)}; finish the download.')
   return tuple(folder / name for name in names)
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+  """The files that an index names, all of which would lie beside it."""
+  file = OpenedFile.of(index)
+  if file.size > _MAX_INDEX_BYTES:
+    raise WeightsError(f'{index} has {file.size} bytes, wanted an index of shards with at most '
+                       f'{_MAX_INDEX_BYTES}; download it again.')
+  try:
+    text = file.map(0, file.size).tobytes().decode()
+    names = sorted(set(json.loads(text)['weight_map'].values()))
+  except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    raise WeightsError(f'{index} is not an index of shards ({type(error).__name__}: '
+                       f'{reason(error)}); download it again.') from error
+  for name in names:
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+      raise WeightsError(f'{index} names {brief(str(name))}, which is not a file beside it.')
+  return names
+
+
+def _listed(names: Sequence[Any]) -> str:
+  """Names from a file, which may be many and long."""
+  more = f' and {len(names) - _MOST_SHOWN} more' if len(names) > _MOST_SHOWN else ''
+  return ', '.join(brief(str(name)) for name in names[:_MOST_SHOWN]) + more
 
 
 def _read(file: pathlib.Path, entry: str | None, notes: list[str]) -> Mapping[str, LazyTensor]:
@@ -150,11 +184,11 @@ def _state_dict(tree: Any, file: pathlib.Path, entry: str | None, notes: list[st
   inner = [name for name, value in tree.items() if _is_flat(value)]
   chosen = [entry] if entry is not None else [name for name in ENTRIES if name in inner]
   if not chosen or chosen[0] not in inner:
-    there = ', '.join(map(repr, inner[:10])) or 'none'
+    there = _listed(inner) or 'none'
     raise WeightsError(f'{file} has no entry {entry or " or ".join(ENTRIES)!r} of tensors; it has '
                        f'{there}. Choose one with --entry.')
   if others := [name for name in inner if name != chosen[0]]:
-    notes.append(f'{file.name}: entry {chosen[0]!r} is used; {", ".join(map(repr, others))} left.')
+    notes.append(f'{file.name}: entry {chosen[0]!r} is used; {_listed(others)} left.')
   return tree[chosen[0]]
 
 
@@ -167,44 +201,46 @@ def _is_flat(value: Any) -> bool:
 def plain_names(names: Iterable[str]) -> dict[str, str]:
   """Name -> the name without what training wrappers put around it."""
   plain = {name: _WRAPPERS.sub('', name) for name in names}
-  while plain and (prefix := next((p for p in _PREFIXES if all(
-      name.startswith(p) for name in plain.values())), None)):
+  for _ in range(_MAX_PREFIXES):
+    shared = (p for p in _PREFIXES if all(name.startswith(p) for name in plain.values()))
+    prefix = next(shared, '')
     plain = {name: inner.removeprefix(prefix) for name, inner in plain.items()}
   return plain
 
 
-def _wan_names(tensors: Mapping[str, LazyTensor], target: Network, notes: list[str]
-               ) -> dict[str, LazyTensor]:
+def _wan_names(tensors: Mapping[str, LazyTensor], target: Network, path: pathlib.Path,
+               notes: list[str]) -> dict[str, LazyTensor]:
   """The tensors under Wan2.1's names; names that belong to no scheme stay, to be reported."""
   plain = plain_names(tensors)
   by_name = {plain[name]: tensor for name, tensor in tensors.items()}
   if len(by_name) < len(tensors):
-    raise WeightsError('two tensors differ in their wrappers\' prefixes only; choose one of them '
-                       'with --entry.')
+    raise WeightsError(f'{path} holds two tensors whose names differ in their wrappers\' prefixes '
+                       'only; choose one of them with --entry.')
   copy, original = _TIED
   if target.kind == 'text' and copy in by_name:
     tied = by_name.pop(copy)
     by_name.setdefault(original, tied)
   wan = {piece.name for piece in target.pieces()}
   foreign = {target.diffusers(name): name for name in wan}
-  if sum(name in foreign for name in by_name) <= sum(name in wan for name in by_name):
+  # Most of them: networks share a few names with others.
+  known = sum(name in foreign for name in by_name)
+  if known <= max(sum(name in wan for name in by_name), len(by_name) / 2):
     return by_name
   notes.append('names are those of diffusers and transformers.')
   return {foreign.get(name, name): tensor for name, tensor in by_name.items()}
 
 
 def guess(tensors: Mapping[str, LazyTensor]) -> str:
-  """What tensors seem to be, for the message that they are something else; '' if unknown."""
-  plain = {plain: tensors[name] for name, plain in plain_names(tensors).items()}
-  names = set(plain)
-  if embedding := plain.get('patch_embedding.weight'):
-    layers = {match[1] for name in names if (match := re.match(r'blocks\.(\d+)\.', name))}
-    return f'a transformer of width {embedding.shape[0]} and {len(layers)} layers'
-  if embedding := plain.get('token_embedding.weight') or plain.get('shared.weight'):
-    return f'a text encoder of width {embedding.shape[-1]}'
-  if any(name.startswith('decoder.') for name in names):
+  """What tensors seem to be, for the message that they are something else."""
+  plain = {plain: tensors[name].shape for name, plain in plain_names(tensors).items()}
+  if shape := plain.get('patch_embedding.weight'):
+    layers = {match[1] for name in plain if (match := re.match(r'blocks\.(\d+)\.', name))}
+    return f'a transformer of width {shape[0]} and {len(layers)} layers'
+  if shape := plain.get('token_embedding.weight') or plain.get('shared.weight'):
+    return f'a text encoder of width {shape[-1]}'
+  if any(name.startswith('decoder.') for name in plain):
     return 'a VAE'
-  return ''
+  return f'tensors of no known network ({_listed(list(tensors)[:3]) or "none"})'
 
 
 def check(source: Source, target: Network, path: pathlib.Path) -> None:
@@ -216,11 +252,15 @@ def check(source: Source, target: Network, path: pathlib.Path) -> None:
   mismatch = compare(source.tensors, target)
   if not mismatch:
     return
-  kind = guess(source.tensors)
-  wrong, pieces = len(mismatch.missing) + len(mismatch.shapes), sum(1 for _ in target.pieces())
-  if kind and wrong > pieces / 2:
+  most = sum(1 for _ in target.pieces()) / 2
+  if len(mismatch.missing) + len(mismatch.shapes) > most:
     wanted = ', '.join(f'{name}={getattr(target.spec, name)}' for name in
                        ('width', 'num_layers', 'base_width') if hasattr(target.spec, name))
-    raise WeightsError(f'{path} holds {kind}; wanted a {target.kind} with {wanted}. Give the '
-                       'weights of that model, or the config of these.')
+    raise WeightsError(f'{path} holds {guess(source.tensors)}; wanted a {target.kind} with '
+                       f'{wanted}. Give the weights of that model, or the config of these.')
+  if len(mismatch.dtypes) > most:
+    name, dtype = mismatch.dtypes[0]
+    raise WeightsError(f'{path} holds {len(mismatch.dtypes)} tensors that are not floating point, '
+                       f'first {name} ({dtype}); quantised weights cannot be used, give the '
+                       'original ones.')
   raise WeightsError(f'{path} does not fit the {target.kind}: {mismatch}')

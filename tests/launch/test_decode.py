@@ -81,8 +81,10 @@ def test_refusals(sampled, loaded, tmp_path):
   with pytest.raises(outputs.OutputExists):
     decode(sampled, sampled)
   other = package.save_model(tmp_path / 'other', random_models(1), choices=CHOICES)
-  with pytest.raises(SampleError, match=r'another run: model was .* Give --checkpoint of'):
-    decode(sampled, tmp_path / 'decoded', source=ModelSource(other))
+  with pytest.raises(SampleError, match=r'another run: model was .* Say where the model'):
+    decode(sampled, tmp_path / 'decoded', moved={'checkpoint': str(other)})
+  with pytest.raises(SampleError, match='--weights does not belong to the model that was used'):
+    decode(sampled, tmp_path / 'decoded', moved={'directory': str(other)})
   run = json.loads((sampled / 'run.json').read_text())
   del run['identity']['seed']
   (sampled / 'run.json').write_text(json.dumps(run))

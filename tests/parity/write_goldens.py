@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tests.parity import oracles, sampler_oracle, vae_oracle
+from tests.parity import oracles, sampler_oracle, test_scheduler_parity, vae_oracle
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / 'goldens'
 LARGEST = 600_000  # bytes a file, so that the repository stays small
@@ -115,7 +115,8 @@ def pack_case() -> Arrays:
 
 
 CASES = {'text': text_case, 'dit': dit_case, 'dit_causal': causal_case, 'dit_pack': pack_case,
-         'vae': vae_oracle.vae_case, 'sampler': sampler_oracle.sampler_case}
+         'vae': vae_oracle.vae_case, 'sampler': sampler_oracle.sampler_case,
+         'schedulers': test_scheduler_parity.scheduler_case}
 
 
 def _weights(model: torch.nn.Module) -> Arrays:

@@ -1,4 +1,4 @@
-"""The clip sampler: stored clips of diffusers, guidance both ways, specs."""
+"""The clip sampler: stored clips of diffusers, guidance both ways, step by step, specs."""
 
 import dataclasses
 import functools
@@ -9,8 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pf_jax.diffusion import multistep
 from pf_jax.models.transformer import CausalTransformer, TransformerSpec
-from pf_jax.rollout.bidirectional import ClipSamplerSpec, sample_clip
+from pf_jax.rollout.bidirectional import (
+  DECODE,
+  DENOISE,
+  ClipPrograms,
+  ClipSamplerSpec,
+  clip_shapes,
+  denoise_step,
+  pieces,
+  sample_clip,
+  step_rows,
+)
+from pf_jax.rollout.rollout import to_frames
+from pf_jax.testing import random_models, tiny_model_spec
 from pf_jax.weights.networks import from_released
 from tests.models.cached import load, relative_error
 
@@ -69,6 +82,63 @@ def test_scan_equals_plain_steps_of_euler():
     guided = -1.5 * flow(x, timesteps, negative) + 2.5 * flow(x, timesteps, text)
     x = x + np.float32(lower - sigma) * guided
   assert relative_error(clip(spec, *prompts()), np.asarray(x)) <= GATE
+
+
+@pytest.mark.parametrize('solver', ['unipc', 'dpm++', 'euler'])
+def test_steps_from_python_equal_the_scan(solver):
+  """All that a step hands on is in its state; compiled alone or in a scan, it is the same step."""
+  spec = dataclasses.replace(CLIP, solver=solver)
+  step = jax.jit(functools.partial(denoise_step, spec=spec))
+  rows, state = step_rows(spec), multistep.init(jnp.asarray(golden()['clip_noise']))
+  for index in range(spec.steps):
+    row = jax.tree.map(lambda column, index=index: column[index], rows)
+    state = step(transformer(), state, row, *prompts())
+  assert relative_error(np.asarray(state.x), clip(spec, *prompts())) <= 1e-6
+
+
+@pytest.mark.parametrize(('frames', 'longest', 'wanted'), [
+    (21, 4, (1, 4, 4, 4, 4, 4)), (21, 3, (3, 3, 3, 3, 3, 3, 3)), (6, 4, (2, 4)), (4, 4, (4,)),
+    (3, 4, (3,)), (1, 4, (1,))])
+def test_pieces_are_alike_but_for_the_first(frames, longest, wanted):
+  assert pieces(frames, longest) == wanted
+
+
+def test_compiled_programs_make_the_clip_of_the_scan_and_the_frames_of_the_whole():
+  """Latents of 3 frames, decoded as 1 and 2: 1 and 8 pixel frames."""
+  model = tiny_model_spec(frames_per_block=2)
+  models, spec = random_models(model, 1), ClipSamplerSpec(steps=3)
+  programs = ClipPrograms(model, spec, 3)
+  assert list(programs.compile_seconds) == ['text', 'start', 'step', 'first', 'next']
+  assert min(programs.compile_seconds.values()) > 0
+  assert min(programs.scratch_bytes[DENOISE], programs.scratch_bytes[DECODE]) > 0
+  rng = np.random.default_rng(0)
+  rows = rng.standard_normal((2, 1, 6, 12)).astype(np.float32)
+  texts = [programs.text_keys_values(models.transformer, prompt) for prompt in rows]
+  noise = jax.random.normal(jax.random.key(5), (1, 3, 4, 6, 4))
+  state = programs.start(5)
+  assert jnp.array_equal(state.x, noise)  # a NumPy view of it would keep it from being consumed
+  for index in range(spec.steps):
+    before = state
+    state = programs.step(index, models.transformer, state, *texts)
+    assert before.x.is_deleted()  # in place
+  scanned = jax.jit(functools.partial(sample_clip, spec=spec))(models.transformer, noise, *texts)
+  assert relative_error(np.asarray(state.x), np.asarray(scanned)) <= 1e-6
+  latents = np.asarray(state.x)
+  first, decoder = programs.decode(models.vae, None, latents[:, :1])
+  rest, _ = programs.decode(models.vae, decoder, latents[:, 1:])
+  assert all(slot.is_deleted() for slot in jax.tree.leaves(decoder))
+  whole = to_frames(jax.jit(lambda vae, z: vae.decode(z))(models.vae, latents))
+  difference = np.concatenate([first, rest], axis=1).astype(int) - np.asarray(whole)
+  assert np.abs(difference).max() <= 1  # rounding of a last bit
+  assert np.asarray(whole).std() > 5
+
+
+def test_shapes_without_guidance_or_with_a_single_piece():
+  model = tiny_model_spec()
+  shapes = clip_shapes(model, ClipSamplerSpec(guidance=1.0), 3)
+  assert len(shapes.texts) == 1
+  assert [piece.shape for piece in shapes.pieces] == [(1, 3, 4, 6, 4)]
+  assert (shapes.frames.shape, shapes.frames.dtype) == ((1, 9, 32, 48, 3), np.uint8)
 
 
 @pytest.mark.parametrize(('choices', 'batches'), [
