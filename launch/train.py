@@ -14,7 +14,7 @@ from launch.build import ConfigError, build, nearest
 config_flags.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: checkpoints and metrics.')
 
-STAGES = ('vae', 'causal')
+STAGES = ('vae', 'causal', 'teacher')
 
 
 def _train() -> int:

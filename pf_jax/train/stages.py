@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from pf_jax.train import loop
 from pf_jax.train.causal_stage import CausalStage, train_causal
+from pf_jax.train.teacher_stage import TeacherStage, train_teacher
 from pf_jax.train.vae_stage import VaeStage, train_vae
 
 STAGES: dict[str, tuple[type, Callable[..., loop.FitResult]]] = {
     'vae': (VaeStage, train_vae),
     'causal': (CausalStage, train_causal),
+    'teacher': (TeacherStage, train_teacher),
 }

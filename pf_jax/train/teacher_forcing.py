@@ -6,9 +6,6 @@ keys/values at both resolutions and commits them. Only the block's latents are t
 of generated ones. Gradients of later blocks flow back through the history, the compressed mid
 keys/values included, into the compressor's HR branch and the LR branch's patch embedding.
 
-Loss: mean over blocks and noise levels of |x0 - predicted x0|^2 / (sigma^2 weight), with levels
-drawn logit-normally (plus a share of uniform ones) and shifted towards noise.
-
 Source: arXiv:2603.25730 (recipe); Self-Forcing's teacher forcing, here as a scan over blocks
 instead of a masked [clean | noisy] concatenation.
 """
@@ -24,24 +21,26 @@ from flax import nnx
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, Layout, PackCache
 from pf_jax.diffusion import flow as flow_lib
-from pf_jax.diffusion import schedule
 from pf_jax.models.bundle import Models
 from pf_jax.models.transformer import ContextFn
 from pf_jax.rollout import step
+from pf_jax.train.flow_matching import (
+  ClipBatch,
+  FlowBatch,
+  FlowMatchingSpec,
+  add_levels,
+  check_shares,
+  first_loss,
+  flow_loss,
+)
 from pf_jax.types import Array, KeyValues
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherForcingSpec:
-  """Choices of the stage.
+class TeacherForcingSpec(FlowMatchingSpec):
+  """Choices of the stage, beside those of `FlowMatchingSpec`.
 
   Attributes:
-    noise_levels: noisy versions of each block that share one history.
-    first_levels: noisy versions of each extra first block, see `FirstBlocks`.
-    first_weight: weight of their loss.
-    shift: timestep shift of the noise levels.
-    uniform_share: share of levels drawn uniformly instead of logit-normally.
-    loss: 'x0' weighs the squared flow error by sigma^2, 'flow' by 1.
     context_noise: the history's latents get noise of a random level up to this, so that the model
       learns to trust an imperfect past.
     drop_sink: probability that a clip's blocks see no sink.
@@ -56,12 +55,6 @@ class TeacherForcingSpec:
     ValueError: a value out of range.
   """
 
-  noise_levels: int = 3
-  first_levels: int = 2
-  first_weight: float = 1.0
-  shift: float = 5.0
-  uniform_share: float = 0.2
-  loss: str = 'x0'
   context_noise: float = 0.1
   drop_sink: float = 0.1
   drop_mid: float = 0.1
@@ -70,71 +63,8 @@ class TeacherForcingSpec:
   crowd_mid: float = 0.5
 
   def __post_init__(self):
-    for name in ('noise_levels', 'first_levels'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
-    if self.first_weight < 0:
-      raise ValueError(f'first_weight={self.first_weight} must not be negative.')
-    if self.loss not in ('x0', 'flow'):
-      raise ValueError(f"loss={self.loss!r} is unknown; use 'x0' or 'flow'.")
-    for name in ('uniform_share', 'context_noise', 'drop_sink', 'drop_mid', 'scatter_mid',
-                 'crowd_mid'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be within 0..1.')
-
-
-class FirstBlocks(NamedTuple):
-  """First blocks of clips, trained without the rest of their clip.
-
-  Only a first block has to be invented from text alone, and later ones copy what it shows. One in
-  five targets, from a handful of clips a step, teaches that far more slowly than copying.
-
-  Attributes:
-    latents: [E, F, h, w, C].
-    ids: [E, rows] token ids of the prompts.
-    mask: [E, rows] bool.
-  """
-
-  latents: Array
-  ids: Array
-  mask: Array
-
-
-class ClipBatch(NamedTuple):
-  """Encoded clips.
-
-  Attributes:
-    latents: [B, blocks * F, h, w, C].
-    lr_latents: [B, blocks, f, h', w', C].
-    ids: [B, rows] token ids of the prompts.
-    mask: [B, rows] bool.
-  """
-
-  latents: Array
-  lr_latents: Array
-  ids: Array
-  mask: Array
-
-
-class CausalBatch(NamedTuple):
-  """What one step sees: whole clips, first blocks of others, or both.
-
-  Attributes:
-    clips: whole clips, or None.
-    first: first blocks, or None.
-  """
-
-  clips: ClipBatch | None = None
-  first: FirstBlocks | None = None
-
-
-def draw_sigmas(key: Array, shape: tuple[int, ...], spec: TeacherForcingSpec) -> Array:
-  """Noise levels in (0, 1): logit-normal with a share of uniform ones, then shifted."""
-  normal, uniform, choose = jax.random.split(key, 3)
-  levels = jnp.where(jax.random.bernoulli(choose, spec.uniform_share, shape),
-                     jax.random.uniform(uniform, shape), jax.nn.sigmoid(
-                         jax.random.normal(normal, shape)))
-  return schedule.shift_sigma(levels, spec.shift)
+    super().__post_init__()
+    check_shares(self, 'context_noise', 'drop_sink', 'drop_mid', 'scatter_mid', 'crowd_mid')
 
 
 def noisy_past(key: Array, latents: Array, spec: TeacherForcingSpec) -> Array:
@@ -256,40 +186,6 @@ class BlockInput(NamedTuple):
   key: Array
 
 
-class Noised(NamedTuple):
-  """Noisy versions of some blocks and what the network should say about them."""
-
-  x_t: Array
-  sigma: Array
-  timesteps: Array
-  target: Array
-
-
-def add_levels(latents: Array, key: Array, levels: int, spec: TeacherForcingSpec) -> Noised:
-  """`levels` noisy versions of each block [B, F, h, w, C]: [B * levels, ...]."""
-  level_key, noise_key = jax.random.split(key)
-  x0 = jnp.repeat(latents, levels, axis=0)
-  sigma = draw_sigmas(level_key, (x0.shape[0], 1, 1, 1, 1), spec)
-  noise = jax.random.normal(noise_key, x0.shape)
-  timesteps = jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x0.shape[:2])
-  return Noised(flow_lib.add_noise(x0, noise, sigma), sigma[:, 0, 0, 0, 0], timesteps,
-                flow_lib.flow_target(x0, noise))
-
-
-def flow_loss(flow: Array, noised: Noised, spec: TeacherForcingSpec) -> Array:
-  """Weighted squared error of each predicted flow: [B]."""
-  error = jnp.mean((flow - noised.target)**2, axis=(1, 2, 3, 4))
-  return error * (noised.sigma**2 if spec.loss == 'x0' else 1.0)
-
-
-def first_loss(models: Models, first: FirstBlocks, key: Array, spec: TeacherForcingSpec) -> Array:
-  """Mean loss of first blocks, which have no history."""
-  noised = add_levels(first.latents, key, spec.first_levels, spec)
-  text = models.text_keys_values(first.ids, first.mask)
-  out = models.transformer(noised.x_t, noised.timesteps, text)
-  return jnp.mean(flow_loss(out.flow, noised, spec))
-
-
 class Prepared(NamedTuple):
   """A batch of clips before it is walked block by block; everything but the history.
 
@@ -388,12 +284,9 @@ class CausalObjective:
 
   def assemble(self, params: dict[str, nnx.Module]) -> Models:
     """All networks, with the trained parts put in."""
-    models = jax.tree.map(lambda x: x, self._models)  # a new module around the same arrays
-    for name, part in params.items():
-      setattr(models, name, part)
-    return models
+    return self._models.replaced(**params)
 
-  def loss(self, params, batch: CausalBatch, key: Array) -> tuple[Array, dict[str, Array]]:
+  def loss(self, params, batch: FlowBatch, key: Array) -> tuple[Array, dict[str, Array]]:
     """`clip_loss` plus weighted `first_loss`; the sink's size is drawn per step."""
     models = self.assemble(params)
     choice, key = jax.random.split(key)

@@ -10,8 +10,9 @@ import pytest
 from pf_jax import pipeline
 from pf_jax.data import digits
 from pf_jax.rollout.block import SamplerSpec
-from pf_jax.train import causal_stage
-from pf_jax.train.causal_stage import CausalStage, ClipPhase
+from pf_jax.train import causal_stage, clips
+from pf_jax.train.causal_stage import CausalStage
+from pf_jax.train.clips import ClipPhase
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import TeacherForcingSpec
 from pf_jax.weights import package
@@ -39,7 +40,7 @@ def stage(models, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def store(stage, models):
-  return causal_stage.open_store(stage, models, causal_stage.load_tokenizer(stage))
+  return clips.open_store(stage, models, clips.load_tokenizer(stage))
 
 
 def test_store_holds_the_clips_latents_at_both_resolutions(stage, models, store):
@@ -54,12 +55,12 @@ def test_store_holds_the_clips_latents_at_both_resolutions(stage, models, store)
   # The short first block counts its first frame several times, as while sampling.
   low = micro.once(models.encode_low_resolution, pixels[:, :first])
   np.testing.assert_allclose(record['lr_latents'][0], low[0], rtol=2e-3, atol=2e-3)
-  tokens = causal_stage.load_tokenizer(stage)(clip.prompt)
+  tokens = clips.load_tokenizer(stage)(clip.prompt)
   assert record['ids'].tolist() == tokens.ids[0].tolist()
 
 
 def test_batches_are_a_function_of_the_step(stage, store):
-  batches = causal_stage.clip_batches(stage, store, 0)
+  batches = clips.clip_batches(stage, store, 0)
   stream = batches(0)
   seen = [next(stream) for _ in range(6)]
   assert [(b.clips is None, b.first is None) for b in seen] == [(True, False)] * 2 + [
@@ -98,7 +99,7 @@ def test_a_run_moves_everything_but_the_vae_and_leaves_a_model_to_sample(stage, 
                         original.decoder.conv_in.kernel[...])
   assert (tmp_path / 'samples.png').stat().st_size > 1000
   again = dataclasses.replace(stage, start=str(tmp_path / 'model'))
-  start = causal_stage.initial_models(again, seed=5)
+  start = clips.initial_models(again, seed=5)
   np.testing.assert_array_equal(start.compressor.hr.out.kernel[...],
                                 loaded.models.compressor.hr.out.kernel[...])
 
@@ -109,4 +110,4 @@ def test_a_start_of_other_sizes_is_refused(stage, models, tmp_path):
   other = dataclasses.replace(stage, start=str(tmp_path),
                               model=dataclasses.replace(stage.model, text=other))
   with pytest.raises(package.PackageError, match=r"another text: .*start='' for random"):
-    causal_stage.initial_models(other, seed=0)
+    clips.initial_models(other, seed=0)

@@ -10,18 +10,20 @@ from pf_jax.models import bundle
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
 from pf_jax.testing import random_models, tiny_model_spec
-from pf_jax.train.teacher_forcing import (
-    CausalBatch,
-    CausalObjective,
+from pf_jax.train.flow_matching import (
     ClipBatch,
-    Drops,
     FirstBlocks,
-    TeacherForcingSpec,
+    FlowBatch,
     add_levels,
-    draw_drops,
     draw_sigmas,
     first_loss,
     flow_loss,
+)
+from pf_jax.train.teacher_forcing import (
+    CausalObjective,
+    Drops,
+    TeacherForcingSpec,
+    draw_drops,
     plan_mid,
     training_layout,
 )
@@ -109,7 +111,7 @@ def gradients():
     drop_key = jax.random.split(jax.random.split(key)[1], 3)[0]
     dropped = bool(draw_drops(drop_key, 1, cache, spec).mid[0])
     if dropped not in found:
-      found[dropped] = run(objective.init(0), CausalBatch(clips=batch), key)
+      found[dropped] = run(objective.init(0), FlowBatch(clips=batch), key)
   return found
 
 

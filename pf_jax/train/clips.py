@@ -1,0 +1,201 @@
+"""What the stages that train on encoded clips share: their settings, the store, the batches.
+
+The VAE is frozen, so clips are encoded into a store first (resumable, checksummed) and training
+reads latents only.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pf_jax import pipeline
+from pf_jax.data import digits, latents, source
+from pf_jax.models import bundle
+from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.train import checks
+from pf_jax.train.flow_matching import ClipBatch, FirstBlocks, FlowBatch
+from pf_jax.types import Array, PyTree
+from pf_jax.weights import package
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPhase:
+  """A stretch of the training whose steps see the same number of clips.
+
+  Attributes:
+    until: the first step after the phase.
+    clips: whole clips per step.
+    first_blocks: further clips per step of which only the first block is trained.
+
+  Raises:
+    ValueError: an empty step.
+  """
+
+  until: int
+  clips: int = 8
+  first_blocks: int = 0
+
+  def __post_init__(self):
+    if min(self.clips, self.first_blocks) < 0 or self.clips + self.first_blocks < 1:
+      raise ValueError(f'clips={self.clips} and first_blocks={self.first_blocks} must not be '
+                       'negative, and not both 0.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipStage:
+  """Settings of every stage that trains on encoded clips.
+
+  Attributes:
+    model: all networks; the VAE's sizes and statistics are those of `vae`.
+    vae: directory that the stage "vae" left (`WORKDIR/vae`).
+    store: directory of the encoded clips, made if it is not there.
+    clips: number of encoded clips.
+    clip_blocks: blocks per clip.
+    encode_batch: clips encoded at once.
+    phases: what a step sees, one phase after the other; the last one lasts to the end.
+    start: model directory or workdir whose weights the run starts from; '' for random ones.
+    world: what clips look like.
+    tokenizer: a tokenizer.json; '' for the packaged one.
+
+  Raises:
+    ValueError: sizes that do not fit each other.
+  """
+
+  model: ModelSpec
+  vae: str
+  store: str
+  clips: int = 4000
+  clip_blocks: int = 5
+  encode_batch: int = 4
+  phases: tuple[ClipPhase, ...] = (ClipPhase(0),)
+  start: str = ''
+  world: digits.DigitsWorld = digits.DigitsWorld()
+  tokenizer: str = ''
+
+  def __post_init__(self):
+    for name in ('clips', 'clip_blocks', 'encode_batch'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    checks.check_phases([phase.until for phase in self.phases])
+    checks.check_world(self.world, self.model)
+
+  @property
+  def frames(self) -> int:
+    """Pixel frames of a clip."""
+    return self.model.video.pixel_frames(self.clip_blocks)
+
+
+S = TypeVar('S', bound=ClipStage)
+
+
+def load_tokenizer(stage: ClipStage) -> Tokenizer:
+  """The stage's tokenizer."""
+  path = stage.tokenizer or package.ROOT / 'digits' / package.TOKENIZER_FILE
+  return Tokenizer.from_file(path, max_tokens=stage.model.text.max_tokens)
+
+
+def clip_encoder(models: Models, tokenizer: Tokenizer
+                 ) -> Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]:
+  """What `latents.encode_clips` calls: clips and prompts to the fields of a `ClipBatch`.
+
+  The LR branch's latents come from the clips' own pixels, not from decoded ones, which differ by
+  the VAE's error and would cost three times as much.
+  """
+  video = models.spec.video
+
+  @jax.jit
+  def encode(models: Models, pixels: Array) -> tuple[Array, Array]:
+    clip = models.vae.encode(pixels)
+    # As `pool_pixels` does with the shorter first block: its first frame is repeated.
+    missing = video.block_frames - video.first_block_frames
+    whole = jnp.concatenate([jnp.repeat(pixels[:, :1], missing, axis=1), pixels], axis=1)
+    blocks = whole.reshape(-1, video.block_frames, *pixels.shape[2:])
+    low = models.encode_low_resolution(blocks)
+    return clip, low.reshape(len(pixels), -1, *low.shape[1:])
+
+  def call(pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    clip, low = encode(models, pixels)
+    text = tokenizer(list(prompts))
+    return {'latents': np.asarray(clip), 'lr_latents': np.asarray(low), 'ids': text.ids,
+            'mask': text.mask}
+
+  return call
+
+
+def open_store(stage: ClipStage, models: Models, tokenizer: Tokenizer) -> latents.LatentStore:
+  """Encodes the clips, or opens the store of an earlier run.
+
+  Raises:
+    StoreError: a store of other content is in the way.
+  """
+  weights = pathlib.Path(stage.vae, 'vae.safetensors').read_bytes()
+  return latents.encode_clips(
+      clip_encoder(models, tokenizer), stage.world, range(stage.clips), stage.store,
+      frames=stage.frames, batch_size=stage.encode_batch,
+      about={'vae_crc32': zlib.crc32(weights), 'blocks': stage.clip_blocks})
+
+
+def clip_batches(stage: ClipStage, store: source.Source, seed: int
+                 ) -> Callable[[int], Iterator[PyTree]]:
+  """`fit`'s batches: `FlowBatch` in float32, a function of the step alone."""
+  frames = stage.model.video.frames_per_block
+
+  def batch(record: source.Record, whole: int) -> FlowBatch:
+    latents, low = (jnp.asarray(record[n], jnp.float32) for n in ('latents', 'lr_latents'))
+    ids, mask = jnp.asarray(record['ids']), jnp.asarray(record['mask'])
+    clips = ClipBatch(latents[:whole], low[:whole], ids[:whole], mask[:whole])
+    first = FirstBlocks(latents[whole:, :frames], ids[whole:], mask[whole:])
+    return FlowBatch(clips if whole else None, first if len(first.ids) else None)
+
+  def batches(step: int) -> Iterator[PyTree]:
+    for phase in stage.phases:
+      last = phase is stage.phases[-1]
+      if step >= phase.until and not last:
+        continue
+      for record in source.batches(store, phase.clips + phase.first_blocks, start_step=step,
+                                   shuffle_seed=seed):
+        yield batch(record, phase.clips)
+        step += 1
+        if step >= phase.until and not last:
+          break
+
+  return batches
+
+
+def initial_models(stage: ClipStage, seed: int) -> Models:
+  """Random networks, or those of `stage.start`.
+
+  Raises:
+    PackageError: `stage.start` holds no model, or one of other sizes.
+  """
+  if not stage.start:
+    return bundle.init(stage.model, seed)
+  models = package.load_model(pipeline.find_model(stage.start)).models
+  for name in ('transformer', 'compressor', 'text'):
+    got, wanted = getattr(models.spec, name), getattr(stage.model, name)
+    if got != wanted:
+      raise package.PackageError(f'{stage.start} has another {name}: {got}; wanted {wanted}. Give '
+                                 "a model of these sizes, or start='' for random weights.")
+  return models
+
+
+def load_parts(stage: S, seed: int) -> tuple[S, Models, Tokenizer, latents.LatentStore]:
+  """The stage with the trained VAE's sizes, networks to start from, tokenizer and encoded clips.
+
+  Raises:
+    PackageError: there is no usable VAE at `stage.vae`, or no model at `stage.start`.
+    StoreError: a store of other content is in the way.
+  """
+  vae = package.load_vae(stage.vae)
+  stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, vae=vae.spec))
+  tokenizer = load_tokenizer(stage)
+  models = initial_models(stage, seed)
+  models.vae = vae
+  return stage, models, tokenizer, open_store(stage, models, tokenizer)
