@@ -14,7 +14,7 @@ from launch.build import ConfigError, build, nearest
 config_flags.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run: checkpoints and metrics.')
 
-STAGES = ('vae', 'causal', 'teacher')
+STAGES = ('vae', 'causal', 'teacher', 'ode', 'dmd')
 
 
 def _train() -> int:

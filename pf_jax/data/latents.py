@@ -34,6 +34,7 @@ SPEC_FILE = 'spec.json'
 PROGRESS_FILE = 'progress.json'
 FORMAT_VERSION = 1
 
+MakeFn = Callable[[Sequence[int]], Mapping[str, np.ndarray]]
 EncodeFn = Callable[[np.ndarray, Sequence[str]], Mapping[str, np.ndarray]]
 
 
@@ -190,10 +191,36 @@ def encode_clips(encode_fn: EncodeFn, world: digits.DigitsWorld, indices: Sequen
     StoreError: a store or partial store of other content is in the way.
     ValueError: sizes are not positive, or `encode_fn` returns something unusable.
   """
-  if len(indices) < 1 or batch_size < 1 or clips_per_shard < 1:
-    raise ValueError(f'{len(indices)=}, {batch_size=} and {clips_per_shard=} must be at least 1.')
+  if batch_size < 1:
+    raise ValueError(f'{batch_size=} must be at least 1.')
+  if len(indices) < 1:
+    raise ValueError(f'{len(indices)=} must be at least 1.')
+  return write_store(_ClipEncoder(encode_fn, world, frames, seed, split, batch_size), indices, path,
+                     facts=_facts(world, indices, frames, seed, split, about or {}),
+                     clips_per_shard=clips_per_shard, overwrite=overwrite, progress=progress)
+
+
+def write_store(make: MakeFn, indices: Sequence[int], path: str | os.PathLike, *,
+                facts: Mapping[str, Any], clips_per_shard: int = 64, overwrite: bool = False,
+                progress: bool = True) -> LatentStore:
+  """Fills a store, continuing an earlier attempt; see `encode_clips`.
+
+  Args:
+    make: (indices) -> name -> array with a leading axis over them, in the dtypes to store.
+    indices: of all clips.
+    path: directory of the store.
+    facts: what identifies the content, as it reads back from JSON.
+    clips_per_shard: clips per file, also the unit of progress.
+    overwrite: replaces an existing store or partial store.
+    progress: shows a progress bar.
+
+  Raises:
+    StoreError: a store or partial store of other content is in the way.
+    ValueError: sizes are not positive, or `make` changed its output.
+  """
+  if len(indices) < 1 or clips_per_shard < 1:
+    raise ValueError(f'{len(indices)=} and {clips_per_shard=} must be at least 1.')
   path = pathlib.Path(path)
-  facts = _facts(world, indices, frames, seed, split, about or {})
   if overwrite:
     for old in (path, _partial(path)):
       shutil.rmtree(old, ignore_errors=True)
@@ -201,10 +228,9 @@ def encode_clips(encode_fn: EncodeFn, world: digits.DigitsWorld, indices: Sequen
     store = LatentStore(path)
     _check_same(path, store.spec.about, facts)
     return store
-  encode = _ClipEncoder(encode_fn, world, frames, seed, split, batch_size)
   partial = _partial(path)
-  spec, done = _start_or_resume(partial, encode, indices, clips_per_shard, facts)
-  _write_shards(partial, spec, done, encode, indices, progress)
+  spec, done = _start_or_resume(partial, make, indices, clips_per_shard, facts)
+  _write_shards(partial, spec, done, make, indices, progress)
   _finish(partial, path)
   return LatentStore(path)
 
@@ -239,11 +265,11 @@ class _ClipEncoder:
         raise ValueError(f'encode_fn returned {name!r} of shape {value.shape}; wanted a leading '
                          f'axis of {self.batch_size} clips and a name other than '
                          f'{", ".join(truth[0])}.')
-      fields[name] = _storable(name, value)
+      fields[name] = storable(name, value)
     return {name: value[:len(indices)] for name, value in fields.items()}
 
 
-def _storable(name: str, value: np.ndarray) -> np.ndarray:
+def storable(name: str, value: np.ndarray) -> np.ndarray:
   """Floats as float16, refusing what does not survive; other numbers unchanged."""
   if value.dtype.kind in 'iub':
     return value
@@ -255,7 +281,7 @@ def _storable(name: str, value: np.ndarray) -> np.ndarray:
   return half
 
 
-def _start_or_resume(partial: pathlib.Path, encode: _ClipEncoder, indices: Sequence[int],
+def _start_or_resume(partial: pathlib.Path, encode: MakeFn, indices: Sequence[int],
                      clips_per_shard: int, facts: Mapping) -> tuple[StoreSpec, int]:
   """Opens a partial store, or creates one; returns its spec and the finished shards."""
   if (partial / SPEC_FILE).exists():
@@ -274,7 +300,7 @@ def _start_or_resume(partial: pathlib.Path, encode: _ClipEncoder, indices: Seque
   return spec, 0
 
 
-def _write_shards(partial: pathlib.Path, spec: StoreSpec, done: int, encode: _ClipEncoder,
+def _write_shards(partial: pathlib.Path, spec: StoreSpec, done: int, encode: MakeFn,
                   indices: Sequence[int], progress: bool) -> None:
   import tqdm
 

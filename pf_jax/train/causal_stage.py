@@ -10,15 +10,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from pf_jax.models.bundle import Models
 from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.rollout.stream import Programs, stream
 from pf_jax.train import clips, evaluation, loop
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
@@ -76,23 +72,16 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
   Returns:
     (trained parts, step) -> metrics.
   """
-  prompts = evaluation.prompts(stage.world)
-  spec = RolloutSpec(stage.cache_spec, stage.sampler)
-  programs: list[Programs] = []
+  def encoder(models: Models) -> PromptEncoder:
+    return PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+
+  sampler = evaluation.Sampler(stage.world, RolloutSpec(stage.cache_spec, stage.sampler))
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
     models = objective.assemble(params)
     save(stage, models, step, workdir)
-    if not programs:
-      programs.append(Programs(models.without_text(), len(prompts), spec))
-    programs[0].models = models.without_text()
-    encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
-    text = programs[0].text_keys_values(encode(prompts))
-    keys = jax.random.split(jax.random.key(evaluation.SEED), len(prompts))
-    frames = [np.asarray(block.frames) for block in
-              stream(programs[0], [text], [0] * stage.eval_blocks, keys)]
-    return evaluation.judge(np.concatenate(frames, axis=1), prompts, stage.world,
-                            stage.model.video, (1, stage.eval_blocks), step, workdir)
+    return sampler.judge(models.without_text(), encoder(models), (stage.eval_blocks,), step,
+                         workdir)
 
   return evaluate
 
@@ -112,7 +101,8 @@ def train_causal(stage: CausalStage, config: TrainConfig,
     PackageError: there is no usable VAE at `stage.vae`.
     StoreError: a store of other content is in the way.
   """
-  stage, models, tokenizer, store = clips.load_parts(stage, config.seed)
+  stage, models, tokenizer = clips.load_networks(stage, config.seed)
+  store = clips.open_store(stage, models, tokenizer)
   objective = CausalObjective(models, stage.cache_spec, stage.teacher_forcing)
   evaluate = sample_evaluation(stage, objective, tokenizer, workdir)
   return loop.fit(objective, clips.clip_batches(stage, store, config.seed), config, workdir,

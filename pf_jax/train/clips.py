@@ -17,7 +17,7 @@ import numpy as np
 from pf_jax import pipeline
 from pf_jax.data import digits, latents, source
 from pf_jax.models import bundle
-from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models.bundle import Models, ModelSpec, VideoModels
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.train import checks
 from pf_jax.train.flow_matching import ClipBatch, FirstBlocks, FlowBatch
@@ -101,6 +101,16 @@ def load_tokenizer(stage: ClipStage) -> Tokenizer:
   return Tokenizer.from_file(path, max_tokens=stage.model.text.max_tokens)
 
 
+def encode_low(models: VideoModels, pixels: Array) -> Array:
+  """What the compressor's LR branch sees of whole clips [B, T, H, W, 3]: [B, n, f, h', w', C]."""
+  video = models.spec.video
+  # As `pool_pixels` does with the shorter first block: its first frame is repeated.
+  missing = video.block_frames - video.first_block_frames
+  whole = jnp.concatenate([jnp.repeat(pixels[:, :1], missing, axis=1), pixels], axis=1)
+  low = models.encode_low_resolution(whole.reshape(-1, video.block_frames, *pixels.shape[2:]))
+  return low.reshape(len(pixels), -1, *low.shape[1:])
+
+
 def clip_encoder(models: Models, tokenizer: Tokenizer
                  ) -> Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]:
   """What `latents.encode_clips` calls: clips and prompts to the fields of a `ClipBatch`.
@@ -108,17 +118,10 @@ def clip_encoder(models: Models, tokenizer: Tokenizer
   The LR branch's latents come from the clips' own pixels, not from decoded ones, which differ by
   the VAE's error and would cost three times as much.
   """
-  video = models.spec.video
 
   @jax.jit
   def encode(models: Models, pixels: Array) -> tuple[Array, Array]:
-    clip = models.vae.encode(pixels)
-    # As `pool_pixels` does with the shorter first block: its first frame is repeated.
-    missing = video.block_frames - video.first_block_frames
-    whole = jnp.concatenate([jnp.repeat(pixels[:, :1], missing, axis=1), pixels], axis=1)
-    blocks = whole.reshape(-1, video.block_frames, *pixels.shape[2:])
-    low = models.encode_low_resolution(blocks)
-    return clip, low.reshape(len(pixels), -1, *low.shape[1:])
+    return models.vae.encode(pixels), encode_low(models, pixels)
 
   def call(pixels: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     clip, low = encode(models, pixels)
@@ -150,7 +153,9 @@ def clip_batches(stage: ClipStage, store: source.Source, seed: int
   def batch(record: source.Record, whole: int) -> FlowBatch:
     latents, low = (jnp.asarray(record[n], jnp.float32) for n in ('latents', 'lr_latents'))
     ids, mask = jnp.asarray(record['ids']), jnp.asarray(record['mask'])
-    clips = ClipBatch(latents[:whole], low[:whole], ids[:whole], mask[:whole])
+    way = record.get('trajectory')
+    clips = ClipBatch(latents[:whole], low[:whole], ids[:whole], mask[:whole],
+                      None if way is None else jnp.asarray(way[:whole], jnp.float32))
     first = FirstBlocks(latents[whole:, :frames], ids[whole:], mask[whole:])
     return FlowBatch(clips if whole else None, first if len(first.ids) else None)
 
@@ -186,16 +191,14 @@ def initial_models(stage: ClipStage, seed: int) -> Models:
   return models
 
 
-def load_parts(stage: S, seed: int) -> tuple[S, Models, Tokenizer, latents.LatentStore]:
-  """The stage with the trained VAE's sizes, networks to start from, tokenizer and encoded clips.
+def load_networks(stage: S, seed: int) -> tuple[S, Models, Tokenizer]:
+  """The stage with the trained VAE's sizes, the networks to start from, the tokenizer.
 
   Raises:
     PackageError: there is no usable VAE at `stage.vae`, or no model at `stage.start`.
-    StoreError: a store of other content is in the way.
   """
   vae = package.load_vae(stage.vae)
   stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, vae=vae.spec))
-  tokenizer = load_tokenizer(stage)
   models = initial_models(stage, seed)
   models.vae = vae
-  return stage, models, tokenizer, open_store(stage, models, tokenizer)
+  return stage, models, load_tokenizer(stage)

@@ -6,6 +6,7 @@ towards noise.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,12 +88,15 @@ class ClipBatch(NamedTuple):
     lr_latents: [B, blocks, f, h', w', C].
     ids: [B, rows] token ids of the prompts.
     mask: [B, rows] bool.
+    trajectory: [B, S, blocks * F, h, w, C], the same clips on a teacher's way from noise, at the
+      levels of a student's passes; None if the noise is to be drawn.
   """
 
   latents: Array
   lr_latents: Array
   ids: Array
   mask: Array
+  trajectory: Array | None = None
 
 
 class FlowBatch(NamedTuple):
@@ -134,6 +138,22 @@ def add_levels(latents: Array, key: Array, levels: int, spec: FlowMatchingSpec) 
   timesteps = jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x0.shape[:2])
   return Noised(flow_lib.add_noise(x0, noise, sigma), sigma[:, 0, 0, 0, 0], timesteps,
                 flow_lib.flow_target(x0, noise))
+
+
+def from_trajectory(latents: Array, trajectory: Array, sigmas: Sequence[float]) -> Noised:
+  """The noisy versions of blocks that a teacher passed on its way to them: [B * S, ...].
+
+  Args:
+    latents: [B, F, h, w, C], where the way ended.
+    trajectory: [B, S, F, h, w, C], the way at S levels.
+    sigmas: the levels.
+  """
+  batch, steps = trajectory.shape[:2]
+  x_t = trajectory.reshape(batch * steps, *trajectory.shape[2:])
+  sigma = jnp.tile(jnp.asarray(sigmas, jnp.float32), batch)
+  level = sigma[:, None, None, None, None]
+  timesteps = jnp.broadcast_to(schedule.timestep(sigma)[:, None], x_t.shape[:2])
+  return Noised(x_t, sigma, timesteps, (x_t - jnp.repeat(latents, steps, axis=0)) / level)
 
 
 def flow_loss(flow: Array, noised: Noised, spec: FlowMatchingSpec) -> Array:

@@ -17,7 +17,14 @@ from pf_jax.progress import Progress
 from pf_jax.train.checkpoint import Checkpoints
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.metrics import MetricWriter
-from pf_jax.train.state import Objective, TrainState, init_state, make_optimizer
+from pf_jax.train.state import (
+  Objective,
+  TrainState,
+  init_state,
+  make_optimizer,
+  moving_parts,
+  take_turns,
+)
 from pf_jax.train.step import make_train_step
 
 PyTree = Any
@@ -77,8 +84,9 @@ class _Run:
   """The parts of a run in progress; `fit` assembles them, `_train` drives them."""
 
   config: TrainConfig
+  objective: Objective
   state: TrainState
-  train_step: Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   checkpoints: Checkpoints
   writer: MetricWriter
   progress: Progress
@@ -86,6 +94,15 @@ class _Run:
   evaluate: Callable[[PyTree, int], Mapping[str, float]] | None
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
+
+  def step(self, batch: PyTree, step: int) -> dict[str, jax.Array]:
+    """Advances the state; returns metrics that are still on the device."""
+    if hasattr(self.objective, 'generate'):
+      batch = self.objective.generate(self.state.params, batch, step)
+    players = getattr(self.objective, 'players', None)
+    moving = None if players is None else moving_parts(players, step)
+    self.state, metrics = self.train_step(self.state, batch, moving=moving)
+    return metrics
 
   def save(self, step: int) -> None:
     self.checkpoints.save(self.state, meta={'data_position': step})
@@ -124,7 +141,7 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
     if batch is None:
       raise ValueError(f'the batches ended at {step=} of {config.steps}; a source must go on for '
                        'ever, or lower steps.')
-    run.state, metrics = run.train_step(run.state, batch)
+    metrics = run.step(batch, step)
     if step == start:
       jax.block_until_ready(metrics['loss'])
       run.compile_seconds = time.monotonic() - began
@@ -149,6 +166,25 @@ def _labels(objective: Objective, params: PyTree) -> PyTree:
   if hasattr(objective, 'param_groups'):
     return objective.param_groups(params)
   return jax.tree.map(lambda leaf: 'all', params)
+
+
+def _optimizer(objective: Objective, config: TrainConfig, params: PyTree, labels: PyTree) -> Any:
+  """One optimizer, or one for each player with a schedule over its own steps."""
+  players = getattr(objective, 'players', None)
+  axes = objective.muon_axes(params) if hasattr(objective, 'muon_axes') else None
+  if players is None:
+    return make_optimizer(config.optimizer, config.steps, params, labels, axes)
+  scale, groups = config.optimizer.group_scale, set(jax.tree.leaves(labels))
+  if unknown := sorted(set(scale) - groups):
+    raise ValueError(f'group_scale names {unknown}; the groups here are {sorted(groups)}.')
+  optimizers = {}
+  for name, period in players.items():
+    own = set(jax.tree.leaves(labels[name]))
+    part = dataclasses.replace(config.optimizer, group_scale={
+        group: factor for group, factor in scale.items() if group in own})
+    optimizers[name] = make_optimizer(part, -(-config.steps // period), params[name], labels[name],
+                                      None if axes is None else axes[name])
+  return take_turns(optimizers)
 
 
 def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config: TrainConfig,
@@ -206,9 +242,9 @@ def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
   """Builds or restores the state and opens the writers."""
   params = objective.init(config.seed)
   labels = _labels(objective, params)
-  axes = objective.muon_axes(params) if hasattr(objective, 'muon_axes') else None
-  optimizer = make_optimizer(config.optimizer, config.steps, params, labels, axes)
-  state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0)
+  optimizer = _optimizer(objective, config, params, labels)
+  state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0,
+                     averaged=getattr(objective, 'averaged', None))
   if (restored := checkpoints.restore(state)) is not None:
     state = restored[0]
     notices(f'resuming {workdir} at step {int(state.step)} of {config.steps}.')
@@ -218,4 +254,4 @@ def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
   progress = Progress(config.steps, min(start, config.steps))
   stack.callback(progress.close)
   train_step = make_train_step(objective, optimizer, labels, config.ema_decay)
-  return _Run(config, state, train_step, checkpoints, writer, progress, stop, evaluate)
+  return _Run(config, objective, state, train_step, checkpoints, writer, progress, stop, evaluate)

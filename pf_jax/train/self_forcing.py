@@ -234,3 +234,9 @@ def clips_of(x0: Array, window: Window) -> tuple[Array, Array]:
   first = jnp.where(window.inside, window.boundary, clip[:, :1])
   own = jnp.ones((batch, count * frames, 1, 1, 1)).at[:, :1].set(1.0 - window.inside)
   return jnp.concatenate([first, clip[:, 1:]], axis=1), own
+
+
+@jax.jit
+def text_keys_values(models: VideoModels, rows: Array) -> KeyValues:
+  """Cross-attention keys/values [L, B, rows, N, H] of text rows [B, rows, D], for `generate`."""
+  return models.transformer.text_keys_values(rows)

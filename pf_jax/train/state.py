@@ -24,6 +24,12 @@ class Objective(Protocol):
     param_groups(params) -> pytree of str, one label per leaf: gradient norms are reported for
       each group, and `OptimizerConfig.group_scale` scales or freezes a group.
     muon_axes(params) -> pytree of optax.contrib.MuonDimensionNumbers or None (None: Adam).
+    players: {part: n}, where `params` is a dict of parts that play against each other: a part moves
+      in every n-th step, with an optimizer of its own. `loss` then takes `moving`, the parts that
+      move in this step, and is to give each of them its own gradient and no other.
+    averaged: parts of `params` that have a moving average; all without it.
+    generate(params, batch, step) -> batch: makes the batch of a step with the networks as they are,
+      before the compiled step and outside of it. A function of its arguments alone.
   """
 
   def init(self, seed: int) -> PyTree:
@@ -184,15 +190,51 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree, labels: 
   return optimizer
 
 
+def moving_parts(players: Mapping[str, int], step: int) -> frozenset[str]:
+  """The parts that move in a step; all of them do in step 0."""
+  return frozenset(name for name, period in players.items() if step % period == 0)
+
+
+def take_turns(optimizers: Mapping[str, optax.GradientTransformation]
+               ) -> optax.GradientTransformationExtraArgs:
+  """An optimizer for each part of a dict; only the parts named by `moving` move.
+
+  The others keep parameters and moments as if there had been no step.
+  """
+
+  def init(params: PyTree) -> PyTree:
+    return {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+
+  def update(updates: PyTree, state: PyTree, params: PyTree = None, *, moving: frozenset[str]):
+    moved, states = {}, dict(state)
+    for name, optimizer in optimizers.items():
+      if name in moving:
+        moved[name], states[name] = optimizer.update(updates[name], state[name], params[name])
+      else:
+        moved[name] = jax.tree.map(jnp.zeros_like, params[name])
+    return moved, states
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int,
-               *, ema: bool) -> TrainState:
-  """The state before the first step. `params` are copied: the train step donates its input."""
+               *, ema: bool, averaged: tuple[str, ...] | None = None) -> TrainState:
+  """The state before the first step. `params` are copied: the train step donates its input.
+
+  Args:
+    params: from `Objective.init`.
+    optimizer: from `make_optimizer` or `take_turns`.
+    seed: of the steps' randomness.
+    ema: whether to keep a moving average.
+    averaged: see `Objective.averaged`.
+  """
   params = jax.tree.map(jnp.array, params)
+  kept = params if averaged is None else {name: params[name] for name in averaged}
 
   def zero() -> Array:
     return jnp.zeros((), jnp.int32)  # a buffer each, because each is donated
 
   return TrainState(
       step=zero(), params=params, opt_state=optimizer.init(params),
-      ema=jax.tree.map(jnp.array, params) if ema else None,
+      ema=jax.tree.map(jnp.array, kept) if ema else None,
       rng=jax.random.key(seed), skipped=zero(), skipped_in_a_row=zero())

@@ -81,6 +81,10 @@ class TeacherObjective:
     del seed
     return {name: getattr(self._models, name) for name in ('transformer', 'text')}
 
+  def param_groups(self, params) -> dict:
+    """Gradient norms are reported for the transformer and the text encoder."""
+    return {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
+
   def assemble(self, params: dict[str, nnx.Module]) -> Models:
     """All networks, with the trained parts put in."""
     return self._models.replaced(**params)

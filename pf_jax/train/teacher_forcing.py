@@ -11,6 +11,7 @@ instead of a masked [clean | noisy] concatenation.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import einops
@@ -32,6 +33,7 @@ from pf_jax.train.flow_matching import (
   check_shares,
   first_loss,
   flow_loss,
+  from_trajectory,
 )
 from pf_jax.types import Array, KeyValues
 
@@ -178,12 +180,14 @@ class BlockInput(NamedTuple):
     past: the same with context noise, what later blocks remember.
     tokens: [B, M, D], the compressed version of `past`.
     key: of levels and noise.
+    trajectory: [B, S, F, h, w, C], see `ClipBatch`, or None.
   """
 
   latents: Array
   past: Array
   tokens: Array
   key: Array
+  trajectory: Array | None
 
 
 class Prepared(NamedTuple):
@@ -214,12 +218,15 @@ def prepare(models: Models, batch: ClipBatch, key: Array, spec: TeacherForcingSp
       einops.rearrange(past, 'n b f h w c -> (n b) f h w c'),
       einops.rearrange(batch.lr_latents, 'b n f h w c -> (n b) f h w c'))
   tokens = einops.rearrange(merged, '(n b) m d -> n b m d', n=count)
-  inputs = BlockInput(latents, past, tokens, jax.random.split(noise_key, count))
+  way = batch.trajectory
+  if way is not None:
+    way = einops.rearrange(way, 'b s (n f) h w c -> n b s f h w c', f=frames)
+  inputs = BlockInput(latents, past, tokens, jax.random.split(noise_key, count), way)
   return Prepared(inputs, models.text_keys_values(batch.ids, batch.mask), drop_key)
 
 
-def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: TeacherForcingSpec
-              ) -> tuple[Array, dict[str, Array]]:
+def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: TeacherForcingSpec,
+              sigmas: Sequence[float] = ()) -> tuple[Array, dict[str, Array]]:
   """Loss of a batch of clips, averaged over blocks and noise levels, and its diagnosis.
 
   Args:
@@ -227,6 +234,7 @@ def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: Teache
     clips: from `prepare`.
     cache: sizes of the history.
     spec: choices of the stage.
+    sigmas: levels of the clips' trajectories, if they have any; no other noise is drawn then.
 
   Returns:
     The loss and metrics: loss per block at high noise (`high_noise/block_i`): where it falls below
@@ -238,7 +246,9 @@ def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: Teache
 
   def body(history: PackCache, block: BlockInput):
     context_fn = planned_history(history.blocks, drops, cache)
-    noised = add_levels(block.latents, block.key, spec.noise_levels, spec)
+    noised = (add_levels(block.latents, block.key, spec.noise_levels, spec)
+              if block.trajectory is None else
+              from_trajectory(block.latents, block.trajectory, sigmas))
     out = models.transformer(noised.x_t, noised.timesteps, clips.text, slices=history.layers,
                              context_fn=context_fn)
     _, context = out.aux
@@ -263,10 +273,12 @@ class CausalObjective:
     models: the networks to start from; their VAE is carried along untouched.
     cache: sizes of the history while sampling; `spec.sink_blocks` varies its sink.
     spec: choices of the stage.
+    sigmas: see `clip_loss`.
   """
 
-  def __init__(self, models: Models, cache: CacheSpec, spec: TeacherForcingSpec):
-    self._models, self._spec = models, spec
+  def __init__(self, models: Models, cache: CacheSpec, spec: TeacherForcingSpec,
+               sigmas: Sequence[float] = ()):
+    self._models, self._spec, self._sigmas = models, spec, tuple(sigmas)
     sizes = spec.sink_blocks or (cache.sink_blocks,)
     # A clip fills a few archive slots only; the others would be carried and differentiated for
     # nothing.
@@ -300,7 +312,8 @@ class CausalObjective:
     return loss, metrics
 
   def _clip_loss(self, models: Models, clips: Prepared, choice: Array):
-    branches = [lambda clips, cache=cache: clip_loss(models, clips, cache=cache, spec=self._spec)
+    branches = [lambda clips, cache=cache: clip_loss(models, clips, cache=cache, spec=self._spec,
+                                                     sigmas=self._sigmas)
                 for cache in self._caches]
     if len(branches) == 1:
       return branches[0](clips)

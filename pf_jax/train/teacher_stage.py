@@ -91,7 +91,8 @@ def train_teacher(stage: TeacherStage, config: TrainConfig, workdir: str | os.Pa
     PackageError: there is no usable VAE at `stage.vae`, or no model at `stage.start`.
     StoreError: a store of other content is in the way.
   """
-  stage, models, tokenizer, store = clips.load_parts(stage, config.seed)
+  stage, models, tokenizer = clips.load_networks(stage, config.seed)
+  store = clips.open_store(stage, models, tokenizer)
   empty = tokenizer([''], allow_empty=True)
   objective = TeacherObjective(models, empty, stage.objective)
   evaluate = sample_evaluation(stage, objective, tokenizer, workdir)

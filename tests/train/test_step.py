@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pf_jax.train import state, step
@@ -85,3 +86,51 @@ def test_step_compiles_once_and_draws_new_noise_every_step():
     losses.append(float(metrics['loss']))
   assert train_step._cache_size() == 1
   assert len(set(losses)) == 3
+
+
+# --- players --------------------------------------------------------------------------------------
+
+
+class Duel:
+  """Two numbers: `one` moves in every third step, towards 1; `two` in each, towards `one`."""
+
+  averaged = ('one',)
+
+  def __init__(self):
+    self.players = {'one': 3, 'two': 1}
+
+  def init(self, seed):
+    return {'one': {'x': jnp.float32(0)}, 'two': {'x': jnp.float32(5)}}
+
+  def param_groups(self, params):
+    return {name: {'x': name} for name in params}
+
+  def loss(self, params, batch, key, moving=()):
+    one, two = params['one']['x'], params['two']['x']
+    loss = (two - jax.lax.stop_gradient(one))**2
+    return loss + ((one - 1)**2 if 'one' in moving else 0), {}
+
+
+def test_players_take_turns():
+  duel = Duel()
+  labels = duel.param_groups(duel.init(0))
+  optimizer = state.take_turns({name: optax.adam(0.1) for name in duel.players})
+  train_step = step.make_train_step(duel, optimizer, labels, 0.5)
+  run = state.init_state(duel.init(0), optimizer, 0, ema=True, averaged=duel.averaged)
+  ones, twos, averages = [], [], []
+  for index in range(7):
+    moving = state.moving_parts(duel.players, index)
+    run, metrics = train_step(run, None, moving=moving)
+    ones.append(float(run.params['one']['x']))
+    twos.append(float(run.params['two']['x']))
+    averages.append(float(run.ema['one']['x']))
+    assert np.isnan(metrics['grad_norm/one']) == (index % 3 != 0)
+    assert np.isfinite(metrics['grad_norm/two'])
+  assert set(run.ema) == {'one'}
+  assert len(set(ones)) == 3, ones  # steps 0, 3 and 6
+  assert ones[0] == ones[1] == ones[2] != ones[3] == ones[5] != ones[6]
+  assert averages[0] == averages[2] != averages[3]
+  assert len(set(twos)) == 7
+  # Adam's first three updates of 0.1 each; a moment that moved meanwhile would shrink them.
+  np.testing.assert_allclose([ones[0], ones[3], ones[6]], [0.1, 0.2, 0.3], atol=2e-3)
+  assert [int(run.opt_state[name][0].count) for name in ('one', 'two')] == [3, 7]

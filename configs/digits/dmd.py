@@ -1,0 +1,45 @@
+"""Stage "dmd": self-forcing distillation of the four-step student, the last stage of the miniature.
+
+Purpose: a student that is trained on its own rollouts through the cache it samples with, and a
+compressor trained end to end. Needs the models of configs/digits/ode.py (the start) and
+configs/digits/teacher.py.
+
+Command:
+  python -m launch.train --config=configs/digits/dmd.py --workdir=runs/dmd
+Variant `tiny` trains a few thousand parameters for a few steps (tests).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import arguments
+from configs.digits import causal
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Fields of `pf_jax.train.dmd_stage.DmdStage`, the stage's name, and `TrainConfig`."""
+  tiny = arguments.parse(arg, tiny=False)['tiny']
+  base = causal.get_config(arg)
+  config = ConfigDict()
+  config.stage = 'dmd'
+  config.start = 'runs/ode'
+  config.teacher = 'runs/teacher'
+  config.videos = 2 if tiny else 8
+  config.cache = base.cache.copy_and_resolve_references()
+  config.train_sink_blocks = placeholder(int)  # those of `cache`
+  config.sampler = base.sampler.copy_and_resolve_references()
+  config.self_forcing = ConfigDict(dict(
+      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 10, context_noise=0.0))
+  config.objective = ConfigDict(dict(
+      guidance=3.0, generator_every=1 if tiny else 5, shift=5.0, lowest=20.0, highest=980.0))
+  config.critic_learning_rate = 2e-4
+  config.world = base.world.copy_and_resolve_references()
+  config.eval_blocks = (2,) if tiny else (5, 30)
+  config.tokenizer = ''
+  config.train = base.train.copy_and_resolve_references()
+  config.train.steps = 2 if tiny else 1000
+  config.train.optimizer.update(dict(
+      name='adamw', learning_rate=1e-4, b1=0.0, b2=0.999, schedule='constant', warmup_steps=10,
+      decay_steps=0, weight_decay=0.01, clip_norm=10.0))
+  config.lock()
+  return config

@@ -1,0 +1,238 @@
+"""Stage "dmd": distribution matching distillation of self-forced rollouts.
+
+The student's videos should be as likely as the teacher's. The direction in which a video x must
+move is the difference of two scores at a random noise level, told as clean predictions:
+
+  g = (f(x_t) - r(x_t)) / mean |x - r(x_t)|      f: critic, that follows the student
+                                                 r: teacher, with guidance
+  generator loss   1/2 mean (x - stop(x - g))^2, whose gradient is g / number of elements
+  critic loss      flow matching on the student's videos
+
+Both score networks see whole windows as clips, bidirectionally. Gradients reach the generator
+through `self_forcing.replay`, the compressor included.
+
+Source: arXiv:2603.25730 and Self-Forcing (recipe), arXiv:2405.14867 (DMD2).
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pf_jax.diffusion import flow as flow_lib
+from pf_jax.diffusion import schedule
+from pf_jax.models.bundle import VideoModels
+from pf_jax.models.transformer import CausalTransformer
+from pf_jax.rollout.block import RolloutSpec
+from pf_jax.train import self_forcing
+from pf_jax.train.self_forcing import SelfForcingSpec, Window
+from pf_jax.types import Array, KeyValues, PyTree
+
+GENERATOR, CRITIC = 'generator', 'critic'
+
+
+@dataclasses.dataclass(frozen=True)
+class DmdSpec:
+  """Choices of the stage.
+
+  Attributes:
+    guidance: w of the teacher's score, cond + w (cond - uncond).
+    generator_every: steps of the critic for one of the generator.
+    shift: timestep shift of the noise levels that scores are compared at.
+    lowest, highest: timesteps that levels are clamped to.
+
+  Raises:
+    ValueError: a value out of range.
+  """
+
+  guidance: float = 3.0
+  generator_every: int = 5
+  shift: float = 5.0
+  lowest: float = 20.0
+  highest: float = 980.0
+
+  def __post_init__(self):
+    if self.generator_every < 1:
+      raise ValueError(f'generator_every={self.generator_every} must be at least 1.')
+    if not 0 < self.shift < float('inf'):
+      raise ValueError(f'shift={self.shift} must be positive; Wan2.1 uses 5.')
+    if not 0 < self.lowest < self.highest <= schedule.TIMESTEPS:
+      raise ValueError(f'lowest={self.lowest} and highest={self.highest} must rise within 0..1000.')
+    if not 0 <= self.guidance < float('inf'):
+      raise ValueError(f'guidance={self.guidance} must not be negative.')
+
+
+def draw_levels(key: Array, batch: int, spec: DmdSpec) -> Array:
+  """A noise level for each video, [B, 1, 1, 1, 1]: uniform, shifted, clamped."""
+  level = schedule.shift_sigma(jax.random.uniform(key, (batch, 1, 1, 1, 1)), spec.shift)
+  return jnp.clip(level, spec.lowest / schedule.TIMESTEPS, spec.highest / schedule.TIMESTEPS)
+
+
+def predict(transformer: CausalTransformer, x_t: Array, sigma: Array, text: KeyValues) -> Array:
+  """The flow that a model of whole clips sees at one level for all frames: like x_t."""
+  timesteps = jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x_t.shape[:2])
+  return transformer(x_t, timesteps, text).flow
+
+
+def direction(x: Array, fake: Array, real: Array) -> Array:
+  """Where x must not go: g of the module's docstring, per video; 0 where it is not finite.
+
+  Args:
+    x: the student's videos [B, ...].
+    fake: what the critic takes them for, x0.
+    real: what the teacher does.
+  """
+  axes = tuple(range(1, x.ndim))
+  scale = jnp.mean(jnp.abs(x - real), axis=axes, keepdims=True)
+  return jnp.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def generator_loss(x: Array, own: Array, fake: Array, real: Array) -> Array:
+  """A loss whose gradient in x is `direction`, over the elements that are the student's own.
+
+  Args:
+    x: [B, F, h, w, C], differentiable.
+    own: [B, F, 1, 1, 1], 0 for frames that were replaced.
+    fake, real: as in `direction`.
+  """
+  wanted = jax.lax.stop_gradient(x - direction(x, fake, real))
+  weight = jnp.broadcast_to(own, x.shape)
+  return 0.5 * jnp.sum(weight * (x - wanted)**2) / jnp.sum(weight)
+
+
+class Teacher(NamedTuple):
+  """What rollouts are judged by; frozen.
+
+  Attributes:
+    transformer: bidirectional.
+    empty: text rows [1, rows, D] of the unconditional prompt.
+  """
+
+  transformer: CausalTransformer
+  empty: Array
+
+
+def teacher_x0(frozen: Teacher, x_t: Array, sigma: Array, rows: Array, guidance: float) -> Array:
+  """The teacher's guided prediction of x0; `rows` [B, rows, D] are the prompts'."""
+  teacher = frozen.transformer
+  flow = predict(teacher, x_t, sigma, teacher.text_keys_values(rows))
+  if guidance:
+    empty = jnp.broadcast_to(frozen.empty, rows.shape)
+    flow += guidance * (flow - predict(teacher, x_t, sigma, teacher.text_keys_values(empty)))
+  return flow_lib.predict_x0(x_t, flow, sigma)
+
+
+class DmdBatch(NamedTuple):
+  """What a step sees: the prompts, and what the student made of them.
+
+  Attributes:
+    rows: text rows [B, rows, D].
+    window: of the student's rollout; None before `generate`, like the teacher.
+    teacher: an input of the compiled step, or it would be one of its constants.
+  """
+
+  rows: Array
+  window: Window | None = None
+  teacher: Teacher | None = None
+
+
+class DmdObjective:
+  """`fit`'s view of the stage: the generator (transformer, compressor) and its critic.
+
+  Args:
+    models: the student to start from, without its text encoder: rows are encoded beforehand.
+    teacher: the critic starts from it.
+    rollout: the sampler's cache and passes.
+    self_forcing: choices of the rollout.
+    spec: choices of the stage.
+    seed: of the rollouts' lengths, exits and noise.
+  """
+
+  averaged = (GENERATOR,)
+
+  def __init__(self, models: VideoModels, teacher: Teacher, rollout: RolloutSpec,
+               self_forcing: SelfForcingSpec, spec: DmdSpec, seed: int):
+    self._models, self._teacher = models, teacher
+    self._rollout = dataclasses.replace(rollout, cache=self_forcing.cache(rollout.cache))
+    self._self_forcing, self._spec, self._seed = self_forcing, spec, seed
+    self.players = {GENERATOR: spec.generator_every, CRITIC: 1}
+
+  def init(self, seed: int) -> dict[str, Any]:
+    """The trained parts; `seed` is unused, the models come trained."""
+    del seed
+    return {GENERATOR: {'transformer': self._models.transformer,
+                        'compressor': self._models.compressor},
+            CRITIC: {'transformer': self._teacher.transformer}}
+
+  def param_groups(self, params: PyTree) -> PyTree:
+    """Gradient norms are reported for generator, compressor and critic."""
+    names = {(GENERATOR, 'transformer'): GENERATOR, (GENERATOR, 'compressor'): 'compressor',
+             (CRITIC, 'transformer'): CRITIC}
+    return {player: {part: jax.tree.map(lambda _, label=names[player, part]: label, module)
+                     for part, module in parts.items()} for player, parts in params.items()}
+
+  def assemble(self, generator: dict[str, nnx.Module]) -> VideoModels:
+    """The student's networks."""
+    return self._models.replaced(**generator)
+
+  def plan(self, step: int) -> tuple[int, int]:
+    """Warm-up blocks and exit pass of a step's rollout, both uniform; shared by all its blocks."""
+    draw = np.random.default_rng((self._seed, step))
+    return (int(draw.integers(self._self_forcing.warmup_blocks + 1)),
+            int(draw.integers(len(self._rollout.sampler.steps))))
+
+  def generate(self, params: PyTree, batch: DmdBatch, step: int) -> DmdBatch:
+    """The student rolls out its prompts."""
+    models = self.assemble(params[GENERATOR])
+    key = jax.random.fold_in(jax.random.key(self._seed), step)
+    warmup, exit_step = self.plan(step)
+    window = self_forcing.generate(
+        models, self_forcing.text_keys_values(models, batch.rows),
+        jax.random.split(key, len(batch.rows)), warmup=warmup, exit_step=exit_step,
+        rollout=self._rollout, spec=self._self_forcing)
+    return batch._replace(window=window, teacher=self._teacher)
+
+  def loss(self, params: PyTree, batch: DmdBatch, key: Array,
+           moving: Collection[str] = (GENERATOR, CRITIC)) -> tuple[Array, dict[str, Array]]:
+    """The losses of the parts that move; neither has a gradient in the other's parameters."""
+    assert batch.window is not None, 'comes from `generate`'
+    assert batch.teacher is not None
+    generator_key, critic_key = jax.random.split(key)
+    loss, metrics = jnp.zeros(()), {}
+    if GENERATOR in moving:
+      value, about = self._generator_loss(params, batch.rows, batch.window, batch.teacher,
+                                          generator_key)
+      loss, metrics = loss + value, about
+    clip, _ = self_forcing.clips_of(batch.window.blocks.latents, batch.window)
+    metrics['critic'] = self._critic_loss(params[CRITIC]['transformer'], clip, batch.rows,
+                                          critic_key)
+    return loss + metrics['critic'], metrics
+
+  def _generator_loss(self, params: PyTree, rows: Array, window: Window, teacher: Teacher,
+                      key: Array) -> tuple[Array, dict[str, Array]]:
+    models = self.assemble(params[GENERATOR])
+    text = models.transformer.text_keys_values(rows)
+    x0 = self_forcing.replay(models, text, window, rollout=self._rollout)
+    clip, own = self_forcing.clips_of(x0, window)
+    fixed, critic = jax.lax.stop_gradient((clip, params[CRITIC]['transformer']))
+    level_key, noise_key = jax.random.split(key)
+    sigma = draw_levels(level_key, len(clip), self._spec)
+    x_t = flow_lib.add_noise(fixed, jax.random.normal(noise_key, clip.shape), sigma)
+    fake = flow_lib.predict_x0(
+        x_t, predict(critic, x_t, sigma, critic.text_keys_values(rows)), sigma)
+    real = teacher_x0(teacher, x_t, sigma, rows, self._spec.guidance)
+    metrics = {'fake_minus_real': jnp.sqrt(jnp.mean((fake - real)**2)),
+               'student_minus_real': jnp.sqrt(jnp.mean((fixed - real)**2))}
+    return generator_loss(clip, own, fake, real), metrics
+
+  def _critic_loss(self, critic: CausalTransformer, clip: Array, rows: Array, key: Array) -> Array:
+    level_key, noise_key = jax.random.split(key)
+    sigma = draw_levels(level_key, len(clip), self._spec)
+    noise = jax.random.normal(noise_key, clip.shape)
+    flow = predict(critic, flow_lib.add_noise(clip, noise, sigma), sigma,
+                   critic.text_keys_values(rows))
+    return jnp.mean((flow - flow_lib.flow_target(clip, noise))**2)

@@ -1,0 +1,164 @@
+"""Stage "ode": the causal student learns where the teacher's trajectories end.
+
+The trajectories are computed once into a store (resumable, checksummed), so that the teacher is not
+in memory while the student trains. Training is that of the stage "causal", through the same cache,
+with the teacher's way in place of drawn noise.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pf_jax import outputs, pipeline
+from pf_jax.data import latents
+from pf_jax.models.bundle import Models
+from pf_jax.models.prompt_encoder import PromptEncoder
+from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.models.transformer import CausalTransformer
+from pf_jax.rollout.bidirectional import ClipSamplerSpec
+from pf_jax.train import causal_stage, clips, loop, ode
+from pf_jax.train.causal_stage import CausalStage
+from pf_jax.train.config import TrainConfig
+from pf_jax.train.teacher_forcing import CausalObjective
+from pf_jax.types import Array, KeyValues
+from pf_jax.weights import package
+
+
+@dataclasses.dataclass(frozen=True)
+class OdeStage(CausalStage):
+  """Settings of the stage "ode", beside those of `CausalStage`.
+
+  `store` holds the trajectories, `clips` says how many, `encode_batch` how many at once.
+
+  Attributes:
+    teacher: model directory or workdir of the bidirectional teacher; it reads the student's text
+      rows, so both have the same text encoder.
+    trajectory: the teacher's sampler.
+    clips_per_shard: trajectories a file of the store, the unit that a killed run redoes.
+
+  Raises:
+    ValueError: sizes that do not fit each other, or passes of the student that the teacher's way
+      does not meet.
+  """
+
+  teacher: str = ''
+  trajectory: ClipSamplerSpec = ClipSamplerSpec(solver='euler', steps=48, guidance=3.0)
+  clips_per_shard: int = 32
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.start or not self.teacher:
+      raise ValueError(f'start={self.start!r} and teacher={self.teacher!r} must both name a model '
+                       'directory or workdir.')
+    ode.snapshot_steps(self.trajectory, self.sampler)
+
+
+def load_teacher(path: str, models: Models) -> CausalTransformer:
+  """The transformer of a teacher that reads the same text rows as a student.
+
+  Raises:
+    PackageError: there is no model, or one with another text encoder.
+  """
+  teacher = package.load_model(pipeline.find_model(path)).models
+  same = jax.tree.all(jax.tree.map(
+      lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), teacher.text, models.text)
+  ) if teacher.spec.text == models.spec.text else False
+  if not same:
+    raise package.PackageError(f'the teacher {path} has another text encoder than the student; '
+                               'train it with the text encoder frozen (group_scale.text=0).')
+  return teacher.transformer
+
+
+class TrajectoryMaker:
+  """What `latents.write_store` calls: indices to the fields of a `ClipBatch`.
+
+  Args:
+    stage: settings.
+    models: the student's networks; VAE, text encoder and patches are used.
+    teacher: bidirectional.
+    tokenizer: of the prompts.
+    seed: of prompts and noise.
+  """
+
+  def __init__(self, stage: OdeStage, models: Models, teacher: CausalTransformer,
+               tokenizer: Tokenizer, seed: int):
+    self._stage, self._models, self._teacher, self._seed = stage, models, teacher, seed
+    self._tokenizer = tokenizer
+    self._encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+    frames, *rest = stage.model.video.block_latent_shape
+    shape = (stage.clip_blocks * frames, *rest)
+    steps = ode.snapshot_steps(stage.trajectory, stage.sampler)
+    self._keys_values = jax.jit(lambda teacher, rows: teacher.text_keys_values(rows))
+
+    @jax.jit
+    def run(models: Models, teacher: CausalTransformer, keys: Array, text: KeyValues,
+            empty: KeyValues) -> tuple[Array, Array, Array]:
+      noise = jax.vmap(functools.partial(jax.random.normal, shape=shape))(keys)
+      way, x0 = ode.trajectory(teacher, noise, text, empty, spec=stage.trajectory, steps=steps)
+      return way, x0, clips.encode_low(models, models.vae.decode(x0))
+
+    self._run = run
+
+  def __call__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    size = self._stage.encode_batch
+    parts = [self._batch(list(indices[i:i + size])) for i in range(0, len(indices), size)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  def _batch(self, indices: list[int]) -> dict[str, np.ndarray]:
+    count, world = len(indices), self._stage.world
+    filled = indices + indices[-1:] * (self._stage.encode_batch - count)
+    prompts = [world.describe(index, self._seed).prompt for index in filled]
+    text, empty = (self._keys_values(self._teacher, jnp.asarray(self._encode(texts,
+                                                                            allow_empty=True)))
+                   for texts in (prompts, ['']))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self._seed)))(
+        jnp.asarray(filled))
+    way, x0, low = map(np.asarray, self._run(self._models, self._teacher, keys, text, empty))
+    tokens = self._tokenizer(prompts)
+    fields = {'latents': latents.storable('latents', x0),
+              'trajectory': latents.storable('trajectory', way),
+              'lr_latents': latents.storable('lr_latents', low),
+              'ids': tokens.ids, 'mask': tokens.mask}
+    return {name: value[:count] for name, value in fields.items()}
+
+
+def open_trajectories(stage: OdeStage, models: Models, tokenizer: Tokenizer, seed: int
+                      ) -> latents.LatentStore:
+  """Computes the trajectories, or opens the store of an earlier run.
+
+  Raises:
+    StoreError: a store of other content is in the way.
+    PackageError: there is no usable teacher.
+  """
+  directory = pipeline.find_model(stage.teacher)
+  facts = json.loads(json.dumps({
+      'teacher': outputs.file_digest(directory / package.WEIGHTS_FILE), 'clips': stage.clips,
+      'blocks': stage.clip_blocks, 'sampler': dataclasses.asdict(stage.trajectory),
+      'student_steps': stage.sampler.steps, 'shift': stage.sampler.shift,
+      'world': dataclasses.asdict(stage.world), 'seed': seed}))
+  teacher = load_teacher(stage.teacher, models)
+  return latents.write_store(TrajectoryMaker(stage, models, teacher, tokenizer, seed),
+                             range(stage.clips), stage.store, facts=facts,
+                             clips_per_shard=stage.clips_per_shard)
+
+
+def train_ode(stage: OdeStage, config: TrainConfig, workdir: str | os.PathLike) -> loop.FitResult:
+  """Trains transformer and compressor on the teacher's trajectories; see `fit`.
+
+  Raises:
+    PackageError: there is no usable VAE, student or teacher.
+    StoreError: a store of other content is in the way.
+  """
+  stage, models, tokenizer = clips.load_networks(stage, config.seed)
+  store = open_trajectories(stage, models, tokenizer, config.seed)
+  objective = CausalObjective(models, stage.cache_spec, stage.teacher_forcing,
+                              sigmas=stage.sampler.sigmas[:-1].tolist())
+  evaluate = causal_stage.sample_evaluation(stage, objective, tokenizer, workdir)
+  return loop.fit(objective, clips.clip_batches(stage, store, config.seed), config, workdir,
+                  evaluate=evaluate)

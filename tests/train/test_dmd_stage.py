@@ -1,0 +1,85 @@
+"""Stage "dmd" on a micro model: a run, its prompts, what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pf_jax import pipeline
+from pf_jax.models.prompt_encoder import PromptEncoder
+from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.pipeline import PACKAGED
+from pf_jax.rollout.block import SamplerSpec
+from pf_jax.train import dmd_stage
+from pf_jax.train.config import OptimizerConfig, TrainConfig
+from pf_jax.train.dmd import DmdSpec
+from pf_jax.train.dmd_stage import DmdStage
+from pf_jax.train.self_forcing import SelfForcingSpec
+from pf_jax.weights import package
+from tests.evals import micro
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope='module')
+def models():
+  return micro.models()
+
+
+@pytest.fixture(scope='module')
+def stage(models, tmp_path_factory):
+  start = package.save_model(tmp_path_factory.mktemp('dmd') / 'start', models,
+                             choices=micro.CHOICES)
+  return DmdStage(start=str(start), teacher=str(start), videos=2, cache=micro.CHOICES['cache'],
+                  sampler=SamplerSpec('renoise', (1000.0, 500.0)), world=micro.WORLD,
+                  self_forcing=SelfForcingSpec(window_blocks=3, warmup_blocks=1),
+                  objective=DmdSpec(generator_every=2), critic_learning_rate=1e-3, eval_blocks=(2,))
+
+
+def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_path):
+  config = TrainConfig(steps=2, log_every=1, save_every=2, eval_every=2, ema_decay=0.9,
+                       optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, b1=0.0))
+  result = dmd_stage.train_dmd(stage, config, tmp_path)
+  params, start = result.state.params, package.load_model(stage.start).models
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params['generator'],
+                       {'transformer': start.transformer, 'compressor': start.compressor})
+  assert min(max(jax.tree.leaves(moved[part])) for part in moved) > 1e-5
+  # Step 1 moves the critic only: two steps of Adam, one of the generator's.
+  counts = {name: [int(leaf) for leaf in jax.tree.leaves(state) if leaf.dtype == np.int32]
+            for name, state in result.state.opt_state.items()}
+  assert set(counts['generator']) == {1}
+  assert set(counts['critic']) == {2}
+  records = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert 'class_accuracy/block_2' in records[-1]
+  loaded = pipeline.load(tmp_path)
+  np.testing.assert_allclose(loaded.models.transformer.head.kernel,
+                             result.state.ema['generator']['transformer'].head.kernel, atol=1e-3)
+  assert loaded.spec.sampler.steps == (1000.0, 500.0)
+
+
+def test_prompts_are_functions_of_the_step(stage, models):
+  tokenizer = Tokenizer.from_file(PACKAGED / 'tokenizer.json', max_tokens=16)
+  encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+  batches = dmd_stage.prompt_batches(stage, encode, 3)
+  stream = batches(0)
+  seen = [np.asarray(next(stream).rows) for _ in range(3)]
+  np.testing.assert_array_equal(next(batches(2)).rows, seen[2])
+  assert seen[0].shape == (2, 16, 12)
+  assert np.abs(seen[0] - seen[1]).max() > 0
+
+
+def test_training_may_have_another_sink(stage, models):
+  with_none = dataclasses.replace(stage, train_sink_blocks=0)
+  assert with_none.rollout(models.spec, training=True).cache.sink_blocks == 0
+  assert with_none.rollout(models.spec, training=False).cache.sink_blocks == 1
+  assert stage.rollout(models.spec, training=True).cache.sink_blocks == 1
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(videos=0), 'videos=0 must be at least 1'),
+    (dict(critic_learning_rate=-1.0), r'critic_learning_rate=-1\.0 must not be negative'),
+    (dict(eval_blocks=()), 'must name lengths')])
+def test_settings_that_cannot_be(stage, change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(stage, **change)
