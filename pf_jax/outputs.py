@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -396,11 +397,16 @@ def file_digest(path: str | os.PathLike) -> str:
 
   Weights of many gigabytes would take longer to hash than to load; other weights differ in their
   first megabyte.
+
+  Raises:
+    OSError: there is nothing, or a pipe or a device, which may never end.
   """
   if os.path.isdir(path):  # an Orbax checkpoint
     root = pathlib.Path(path)
     inside = sorted(f'{p.relative_to(root)} {p.stat().st_size}' for p in root.rglob('*'))
     return hashlib.sha256('\n'.join(inside).encode()).hexdigest()[:32]
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise OSError(errno.EINVAL, 'is a pipe or a device', os.fspath(path))
   size = os.path.getsize(path)
   with open(path, 'rb') as stream:
     if size <= 64 * _SAMPLE_BYTES:

@@ -115,7 +115,7 @@ class Tokenizer:
     try:
       backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exceptions
-      raise ValueError(f'{path} is not a tokenizer.json: {error}.') from error
+      raise ValueError(f'{path} is not a tokenizer.json: {ascii(str(error))[1:200]}.') from error
     return cls(backend, max_tokens=max_tokens)
 
   @property

@@ -71,19 +71,20 @@ class Beginning:
     for note in (*taken.notes, *whole.notes):
       say(f'{name}: {note}.')
     given = blocks_of(whole.frames, video)
-    seconds = len(whole.frames) / video.fps
+    seconds, counted = len(whole.frames) / video.fps, f'{given} block{"s" * (given > 1)}'
     if given >= blocks:
-      raise ValueError(f'{self.path} fills {given} blocks and the video has {blocks}; ask for more '
-                       f'than {seconds:g} seconds, or use less of it.')
-    say(f'the video begins with {given} given block{"s" * (given > 1)}, {seconds:.2f} s.')
+      raise ValueError(f'{self.path} fills {counted} and the video has {blocks}; ask for more than '
+                       f'{seconds:g} seconds, or use less of it.')
+    say(f'the video begins with {counted.replace(" ", " given ")}, {seconds:.2f} s.')
     return whole.frames
 
   def describe(self) -> dict[str, Any]:
     """What tells beginnings apart.
 
     Raises:
-      OSError: there is no such file.
+      MediaError: there is no such file.
     """
+    media.check_file(self.path)
     chosen = {} if self.kind == 'image' else {'start': self.start, 'seconds': self.seconds}
     return {'file': pathlib.Path(self.path).name, 'kind': self.kind,
             'digest': outputs.file_digest(self.path), **chosen}

@@ -97,15 +97,16 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
       say(f'{root}: this run is finished already; nothing to do.')
       return Result(root, _videos(plan), None, {})
     memory = budget.device_memory()  # before anything is loaded
-    plan.budget().check(*memory)
+    expected = plan.budget()
+    expected.check(*memory)
     if not resume:
-      plan.budget().check_disk(root)
+      expected.check_disk(root)
     pipeline, given = _load(plan, beginning, say)
-    expected = _prepare(plan, pipeline, len(todo), given, memory, say)
+    estimate = _prepare(plan, pipeline, expected, len(todo), given, memory, say)
     if not resume:
       files.clear(root, plan.names, len(plan.batches))
       write_run(plan)
-    return _Job(plan, pipeline, expected, compilations, given, save_latents, say).run(todo)
+    return _Job(plan, pipeline, estimate, compilations, given, save_latents, say).run(todo)
 
 
 def _described(beginning: Beginning | None) -> dict[str, Any] | None:
@@ -113,9 +114,8 @@ def _described(beginning: Beginning | None) -> dict[str, Any] | None:
     return None
   try:
     return beginning.describe()
-  except OSError as error:
-    raise SampleError(f'cannot read {beginning.path!r} ({error.strerror}); a video begins with '
-                      'a file that is there.') from error
+  except (OSError, ValueError) as error:
+    raise SampleError(str(error)) from error
 
 
 def _load(plan: Plan, beginning: Beginning | None, say: Say) -> tuple[Pipeline, np.ndarray | None]:
@@ -131,8 +131,8 @@ def _load(plan: Plan, beginning: Beginning | None, say: Say) -> tuple[Pipeline, 
   return pipeline, given
 
 
-def _prepare(plan: Plan, pipeline: Pipeline, batches: int, given: np.ndarray | None,
-             memory: tuple[int, str], say: Say) -> meter.Estimate:
+def _prepare(plan: Plan, pipeline: Pipeline, expected: budget.Budget, batches: int,
+             given: np.ndarray | None, memory: tuple[int, str], say: Say) -> meter.Estimate:
   """Compiles everything, checks the memory that the programs plan, says what the run will take."""
   say(f'{_count(plan)} of {plan.blocks} blocks, {plan.video.pixel_frames(plan.blocks)} frames; '
       'compiling ...')
@@ -140,10 +140,10 @@ def _prepare(plan: Plan, pipeline: Pipeline, batches: int, given: np.ndarray | N
   if given is not None and len(given) == 1:
     programs.prepare_picture()
   say(f'compiled in {sum(programs.compile_seconds.values()):.1f} s.')
-  plan.budget(programs.scratch_bytes).check(*memory)
-  expected = meter.estimate(pipeline, programs, plan.blocks * batches)
-  say(str(expected))
-  return expected
+  dataclasses.replace(expected, scratch=programs.scratch_bytes).check(*memory)
+  estimate = meter.estimate(pipeline, programs, plan.blocks * batches)
+  say(str(estimate))
+  return estimate
 
 
 def _count(plan: Plan) -> str:

@@ -24,7 +24,7 @@ from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.models.vae import VaeSpec, WanVae
 from pf_jax.weights import dit, umt5, vae
 from pf_jax.weights.rules import Rule, dotted
-from pf_jax.weights.tensors import LazyTensor, WeightsError, brief
+from pf_jax.weights.tensors import LazyTensor, WeightsError, shown_name
 
 NetworkSpec = TransformerSpec | VaeSpec | TextSpec
 Tensors = Mapping[str, LazyTensor | np.ndarray]
@@ -137,16 +137,12 @@ class Mismatch:
                         f'{len(self.shapes)} wrongly shaped', f'{len(self.dtypes)} wrongly typed'))]
     lines += [f'  missing: {name}' for name in self.missing]
     # Names come from a file, which may hold anything.
-    lines += [f'  unexpected: {_shown(name)}' for name in self.unexpected[:_MOST_SHOWN]]
+    lines += [f'  unexpected: {shown_name(name)}' for name in self.unexpected[:_MOST_SHOWN]]
     if (more := len(self.unexpected) - _MOST_SHOWN) > 0:
       lines.append(f'  unexpected: {more} more')
     lines += [f'  shape: {name} is {got}, wanted {wanted}' for name, got, wanted in self.shapes]
     lines += [f'  dtype: {name} is {got}, wanted floating point' for name, got in self.dtypes]
     return '\n'.join(lines)
-
-
-def _shown(name: str) -> str:
-  return brief(name)[1:-1] if name.isprintable() and len(name) <= 64 else brief(name)
 
 
 def compare(tensors: Tensors, target: Network) -> Mismatch:

@@ -24,7 +24,7 @@ from pf_jax import outputs
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.vae import VaeSpec, WanVae
 from pf_jax.weights.rules import dotted
-from pf_jax.weights.tensors import WeightsError
+from pf_jax.weights.tensors import WeightsError, shown_name
 
 M = TypeVar('M', bound=nnx.Module)
 D = TypeVar('D')
@@ -34,6 +34,7 @@ SPEC_FILE = 'model.json'
 WEIGHTS_FILE = 'model.safetensors'
 TOKENIZER_FILE = 'tokenizer.json'
 FORMAT_VERSION = 1
+_MOST_STRANGE = 20
 
 
 class PackageError(ValueError):
@@ -151,7 +152,10 @@ def _problems(shapes: nnx.Module, tensors: Mapping[str, Any]) -> list[str]:
   """What keeps tensors, by names, shapes and dtypes, from filling a module."""
   leaves = {dotted(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
   problems = [f'{name} is missing' for name in sorted(set(leaves) - set(tensors))]
-  problems += [f'{name} is unexpected' for name in sorted(set(tensors) - set(leaves))]
+  strange = sorted(set(tensors) - set(leaves))  # names that a file makes up, any number of them
+  problems += [f'{shown_name(name)} is unexpected' for name in strange[:_MOST_STRANGE]]
+  if len(strange) > _MOST_STRANGE:
+    problems.append(f'{len(strange) - _MOST_STRANGE} more are unexpected')
   shared = {name: tensors[name] for name in leaves if name in tensors}
   problems += [f'{name} has shape {tuple(tensor.shape)}, wanted {leaves[name].shape}'
                for name, tensor in shared.items() if tuple(tensor.shape) != leaves[name].shape]

@@ -65,7 +65,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], di
   file = OpenedFile.of(path)
   try:
     header = _header(file)
-    metadata = header.pop(_METADATA, {})
+    metadata = header.pop(_METADATA, None) or {}  # the library lets it be null
     return {name: _tensor(file, name, entry) for name, entry in header.items()}, metadata
   except WeightsError as error:
     raise WeightsError(f'{file.path}: {error}') from error

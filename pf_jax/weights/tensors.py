@@ -67,6 +67,11 @@ def is_shape(value: object) -> bool:
   return isinstance(value, tuple) and len(value) <= MAX_DIMS and all(map(is_count, value))
 
 
+def shown_name(name: str) -> str:
+  """A tensor's name as a file has it, without quotes where it is harmless."""
+  return brief(name)[1:-1] if name.isprintable() and len(name) <= 64 else brief(name)
+
+
 def brief(value: str | bytes | tuple[int, ...]) -> str:
   """A value from a file as short printable text, however long it is."""
   text = ascii(value[:64])

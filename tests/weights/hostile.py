@@ -1,23 +1,30 @@
 """Checkpoints built byte by byte, without torch: good ones, and files made to harm their reader.
 
 Pickles are written with the instructions that torch.save writes, from the small vocabulary below;
-what a reader does with hostile ones is observed in a process of its own, with little memory.
+what a reader or a launcher does with hostile ones is observed in a process of its own, with little
+memory.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
+import os
 import pathlib
 import pickle
 import resource
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,7 +208,7 @@ def same(got: np.ndarray, wanted: np.ndarray) -> bool:
           and np.ascontiguousarray(got).tobytes() == np.ascontiguousarray(wanted).tobytes())
 
 
-# --- observing a reader ---------------------------------------------------------------------------
+# --- observing readers and launchers --------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
@@ -228,10 +235,33 @@ def writing_megabytes(path: pathlib.Path, tensor: tuple[tuple[int, ...], str]) -
   return float(_run('write', 'safetensors', path, json.dumps(tensor)))
 
 
-def _run(*arguments: Any) -> str:
+class Launched(NamedTuple):
+  """How a launcher ended."""
+
+  code: int
+  out: str
+  err: str
+  megabytes: float  # by which memory grew at most
+  seconds: float
+
+
+def launch(launcher: str, commands: Sequence[Sequence[Any]], *, seconds: int = 30
+           ) -> list[Launched]:
+  """Runs command lines of a launcher in turn, in one process of their own.
+
+  What the first command takes, the later ones share: they have little memory beside it. Each of
+  them counts as hanging after some seconds.
+  """
+  rows = _run('launch', launcher, seconds, standard_input=json.dumps(
+      [[str(argument) for argument in command] for command in commands]))
+  return [Launched(*json.loads(row)) for row in rows.splitlines()]
+
+
+def _run(*arguments: Any, standard_input: str = '') -> str:
   result = subprocess.run([sys.executable, '-m', __name__, *map(str, arguments)],
-                          capture_output=True, text=True, check=False, timeout=100)
-  assert result.returncode == 0, result.stderr + result.stdout[-500:]
+                          input=standard_input, capture_output=True, text=True, check=False,
+                          timeout=100)
+  assert result.returncode == 0, (result.returncode, result.stderr, result.stdout[-500:])
   return result.stdout
 
 
@@ -240,7 +270,7 @@ def _read_flat(path: str) -> list[LazyTensor]:
 
 
 _READERS: Mapping[str, Callable[[str], Any]] = {'torch': read_torch, 'safetensors': _read_flat}
-_MEMORY_BYTES = 384 * 2**20
+_MEMORY_BYTES, _LAUNCHED_BYTES = 384 * 2**20, 1024 * 2**20
 
 
 def _peak_megabytes() -> float:
@@ -249,11 +279,16 @@ def _peak_megabytes() -> float:
   return int(line.split()[1]) / 1024
 
 
+def _limit_memory(limit: int, column: int, more: int) -> None:
+  """Lets this process have some bytes beside those it has, by a limit and its column of statm."""
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[column])
+  bound = pages * resource.getpagesize() + more
+  resource.setrlimit(limit, (bound, bound))
+
+
 def _open_all(read: Callable[[str], Any], paths: Sequence[str]) -> None:
   importlib.import_module('safetensors')  # before memory is limited
-  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
-  limit = pages * resource.getpagesize() + _MEMORY_BYTES
-  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+  _limit_memory(resource.RLIMIT_AS, 0, _MEMORY_BYTES)
   for path in paths:
     before, start = _peak_megabytes(), time.process_time()
     try:
@@ -286,6 +321,85 @@ def _write(_: Any, arguments: Sequence[str]) -> None:
   print(_peak_megabytes() - before)
 
 
+# launcher -> its main function, what it hands to `config_flags.run`, and what works out sizes, from
+# specs alone: repeated for every command that would take most of the time.
+_NETWORK = 'pf_jax.weights.networks.network'
+_LAUNCHERS = {
+    'convert': ('_convert', ('source', 'model', 'output'), (_NETWORK,)),
+    'sample': ('_sample', ('config',), (_NETWORK, 'pf_jax.sampling.budget.budget'))}
+
+
+class _Hangs(BaseException):
+  """A command that does not end."""
+
+
+def _hangs(*_: Any) -> None:
+  raise _Hangs
+
+
+def _launch_all(launcher: str, seconds: int) -> None:
+  name, required, sizes = _LAUNCHERS[launcher]
+  for function in sizes:
+    module, _, attribute = function.rpartition('.')
+    owner = importlib.import_module(module)
+    setattr(owner, attribute, functools.cache(getattr(owner, attribute)))
+  signal.signal(signal.SIGALRM, _hangs)
+  main = getattr(importlib.import_module(f'launch.{launcher}'), name)
+  run = functools.partial(importlib.import_module('launch.config_flags').run, main,
+                          required=required)
+  for number, command in enumerate(json.load(sys.stdin)):
+    row = _launch(run, [f'{launcher}.py', *command], seconds)
+    print(json.dumps(row), flush=True)
+    if number == 0:
+      # Not RLIMIT_AS: whole networks may be mapped, as long as they are not read.
+      _limit_memory(resource.RLIMIT_DATA, 5, _LAUNCHED_BYTES)
+
+
+def _launch(run: Callable[[], None], argv: list[str], seconds: int) -> Launched:
+  """What a command line would do in a process that has imported everything."""
+  flags = importlib.import_module('absl.flags').FLAGS
+  flags.unparse_flags()
+  for name in flags:
+    flags[name].unparse()
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
+  before, start, sys.argv = _peak_megabytes(), time.process_time(), argv
+  with _captured() as texts:
+    signal.alarm(seconds)
+    try:
+      run()
+      code = 0
+    except SystemExit as stop:
+      code = int(stop.code or 0)
+    except BaseException:
+      traceback.print_exc()
+      code = 1
+    signal.alarm(0)
+  return Launched(code, *texts, _peak_megabytes() - before, time.process_time() - start)
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[list[str]]:
+  """Collects what is written to both streams, by C++ as well; filled in at the end."""
+  texts: list[str] = []
+  with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+    streams = ((sys.stdout, out), (sys.stderr, err))
+    kept = [os.dup(stream.fileno()) for stream, _ in streams]
+    for stream, file in streams:
+      os.dup2(file.fileno(), stream.fileno())
+    try:
+      yield texts
+    finally:
+      for (stream, file), descriptor in zip(streams, kept, strict=True):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+        file.seek(0)
+        texts.append(file.read())
+
+
 if __name__ == '__main__':
-  {'open': _open_all, 'stream': _stream, 'write': _write}[sys.argv[1]](
-      _READERS[sys.argv[2]], sys.argv[3:])
+  mode, subject, *rest = sys.argv[1:]
+  if mode == 'launch':
+    _launch_all(subject, int(rest[0]))
+  else:
+    {'open': _open_all, 'stream': _stream, 'write': _write}[mode](_READERS[subject], rest)

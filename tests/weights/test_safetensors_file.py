@@ -1,6 +1,5 @@
 """Safetensors: lazy values, hostile headers, and a writer that survives being killed."""
 
-import json
 import mmap
 import os
 import pathlib
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pf_jax.weights.safetensors_file import SafetensorsWriter, read_safetensors
 from pf_jax.weights.tensors import WeightsError
-from tests.weights import hostile
+from tests.weights import hostile, hostile_cases
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint64',
@@ -51,6 +50,11 @@ def test_values_are_those_of_the_library(path, name):
     assert hostile.same(tensors[key].read(), wanted)
 
 
+def test_metadata_that_is_null_is_none(path):
+  hostile.write_safetensors(path, {'__metadata__': None})
+  assert read_safetensors(path) == ({}, {})
+
+
 def test_a_changed_file_is_noticed(path):
   save_file({'a': np.zeros(3)}, path)
   [lazy] = read_safetensors(path)[0].values()
@@ -65,75 +69,22 @@ def test_streaming_keeps_little_in_memory(path):
   assert 4 < hostile.streaming_megabytes('safetensors', path) < 24
 
 
-def _entry(dtype='F32', shape=(1,), offsets=(0, 4)):
-  return {'dtype': dtype, 'shape': list(shape), 'data_offsets': list(offsets)}
-
-
-def _json(**entries) -> bytes:
-  return json.dumps(entries).encode()
-
-
-TWICE = b'{"a":%s,"a":%s}' % (_json(**_entry()), _json(**_entry('I32')))
-# name -> (header, data, size given for the header, message)
-HOSTILE = {
-    'huge header': ({}, b'', 2**60, f'a header of {2**60} bytes; wanted safetensors'),
-    'large header': (b' ' * (5 << 20), b'', None, 'a header of 5242880 bytes; wanted'),
-    'many tensors': (b'{%s}' % b','.join(b'"%d":%s' % (i, _json(**_entry('U8', (0,), (0, 0))))
-                                         for i in range(62_000)), b'x', None, 'not a whole'),
-    'overlapping': ({'a': _entry(), 'b': _entry()}, b'0123', None, 'not a whole safetensors file'),
-    'negative shape': ({'a': _entry(shape=(-1,))}, b'0123', None, 'not a whole safetensors file'),
-    'overflowing shape': ({'a': _entry(shape=(2**62, 2**62))}, b'0123', None, 'not a whole'),
-    'overflow beside zero': ({'a': _entry(shape=(0, 2**62, 4), offsets=(0, 0))}, b'', None,
-                             'more than can be addressed'),
-    'many sizes': ({'a': _entry(shape=(1,) * 40)}, b'0123', None, 'at most 32 integers'),
-    'fractional shape': ({'a': _entry(shape=(1.5,))}, b'0123', None, 'not a whole'),
-    'truncated values': ({'a': _entry()}, b'012', None, 'not a whole safetensors file'),
-    'truncated header': ({'a': _entry()}, b'', 300, 'not a whole safetensors file'),
-    'unknown dtype': ({'a': _entry('F12')}, b'0123', None, 'not a whole safetensors file'),
-    'not JSON': (b'hello', b'', None, 'not a whole safetensors file'),
-    'not an object': (b'[1]', b'', None, 'not a whole safetensors file'),
-    'not text': (b'\xff\xfe', b'', None, 'not a whole safetensors file'),
-    'nested': (b'[' * 10**6, b'', None, 'not a whole safetensors file'),
-    'nested beside': (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + b'[' * 10**6
-                      + b']' * 10**6 + b'}}', b'0123', None, 'not a whole safetensors file'),
-    'no header': (b'', b'', None, 'not a whole safetensors file'),
-    'one name twice': (TWICE, b'0123', None, 'has two entries of one name'),
-    'one field twice': (b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-                        b'0123', None, 'not a whole safetensors file'),
-    'gap': ({'a': _entry(offsets=(4, 8))}, b'01234567', None, 'not a whole safetensors file'),
-    'more values': ({'a': _entry()}, b'01234567', None, 'not a whole safetensors file'),
-    'offsets backwards': ({'a': _entry(offsets=(4, 0))}, b'0123', None, 'not a whole'),
-    'offsets beyond': ({'a': _entry(offsets=(2**64 - 4, 2**64))}, b'0123', None, 'not a whole'),
-    'size of another dtype': ({'a': _entry('F64')}, b'0123', None, 'not a whole'),
-    'metadata of numbers': ({'__metadata__': {'a': 1}}, b'', None, 'not a whole'),
-    'fp8': ({'a': _entry('F8_E4M3', (4,))}, b'0123', None,
-            "tensor 'a' is F8_E4M3, wanted one of F64, .*; convert it, as by tensor.to"),
-}
-OTHER = {
-    'empty': (b'', 'is empty; download it again'),
-    'short': (b'ab', 'not a whole safetensors file'),
-    'torch': (b'PK\x03\x04' + b'\0' * 60, 'is a zip archive, .* give it the ending .pth'),
-    'pointer': (b'version https://git-lfs.github.com/spec/v1\n',
-                "begins with b'version ', a header of .* Check that the download"),
-}
-MESSAGES = {name: row[-1] for name, row in (HOSTILE | OTHER).items()}
+CASES = hostile_cases.safetensors_cases()
 
 
 @pytest.fixture(scope='module')
 def outcomes(tmp_path_factory):
   """What one process with little memory makes of all hostile files."""
   folder = tmp_path_factory.mktemp('hostile')
-  for name, (header, data, size, _) in HOSTILE.items():
-    hostile.write_safetensors(folder / name, header, data, size=size)
-  for name, (data, _) in OTHER.items():
-    (folder / name).write_bytes(data)
-  return hostile.observe('safetensors', [folder / name for name in MESSAGES])
+  for name, case in CASES.items():
+    case.write(folder / name)
+  return hostile.observe('safetensors', [folder / name for name in CASES])
 
 
-@pytest.mark.parametrize('name', MESSAGES)
+@pytest.mark.parametrize('name', CASES)
 def test_hostile_file_is_refused(outcomes, name):
   outcome = outcomes[name]
-  assert re.search(MESSAGES[name], outcome.message), outcome.message
+  assert re.search(CASES[name].message, outcome.message), outcome.message
   assert outcome.message.isprintable()
   assert outcome.message.isascii()
   assert len(outcome.message) < 600
