@@ -1,4 +1,5 @@
-# make demo | make test | make check | make test-parity | make test-aot | make setup | make clean
+# make demo | make test | make check | make test-parity | make test-aot | make test-full | make setup
+# make clean
 #
 # Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
 # rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
@@ -24,11 +25,11 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity test-aot parity-python clean FORCE
+.PHONY: help setup demo test check test-parity test-aot test-full parity-python clean FORCE
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 
 # --- environments -------------------------------------------------------------------------------
 # `<venv>/.interpreter` is remade, and so newer than the stamps, only when the environment is
@@ -108,6 +109,10 @@ test-parity: $(PARITY_VENV)/.parity
 # Programs of full size for an H200 that is not there: about a minute, 1 GB of memory.
 test-aot: $(AOT_VENV)/.aot
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -x tests/aot $(PYTEST_ARGS)
+
+# Weights of full size, made of random bytes: two minutes, 12 GB of disk, 3 GB of memory.
+test-full: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -x -s --slow tests/weights/test_full_size.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info
