@@ -22,6 +22,8 @@ from launch import config_flags
 from launch import export as launcher
 from pf_jax.weights import export
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are started deaf to it
+
 def interrupt(module, name):
   inner = getattr(module, name)
   def call(*arguments, **named):
