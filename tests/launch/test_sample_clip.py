@@ -158,6 +158,7 @@ def test_sigterm_ends_a_run_in_one_line_and_leaves_nothing(finished, weights, tm
 def test_exit_status_of_ctrl_c(without_jax):
   code = ('import os, signal, time\n'
           'from launch import config_flags, sample_clip\n'
+          'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # not deaf in the background
           'sample_clip._run = lambda args: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n'
           'config_flags.run(sample_clip._sample_clip)')
   done = subprocess.run([sys.executable, '-c', code, TINY, '--prompt=a', '--weights=x',
