@@ -1,6 +1,6 @@
 """Conversion at full size: 1.3B parameters, 5.7 GB of random bytes in the released layout.
 
-`make test-full` runs it: two minutes or more, 12 GB of disk beside pytest's temporary files, which it frees.
+`make test-full` runs it: two minutes or more, and 12 GB of disk where pytest keeps its files.
 """
 
 import json
