@@ -4,8 +4,8 @@ Purpose: the quality that few-step, causal samples are compared with. Guidance 6
 what Wan2.1 advises for this size. Variant `tiny` is for tests.
 
 Cost, counted and not yet measured: 28 PFLOP a clip (100 passes of 283 TFLOP), at best 36 s of an
-H200. Memory: 11.4 GB while prompts are encoded, then 4.7 GB, then 7.1 GB while the clip is decoded
-(scratch of the last two as XLA plans it for an H200: 1.3 and 4.9 GB). `--dry_run` prints the plan.
+H200. Memory, from `--dry_run`: 11.4 GB while prompts are encoded, then 4.1 and 2.2 GB and what the
+programs need beyond one layer's activations.
 
 Command:
   python -m launch.sample_clip --config=configs/wan/baseline_1_3b.py --weights=Wan2.1-T2V-1.3B \\

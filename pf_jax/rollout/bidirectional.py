@@ -19,7 +19,6 @@ Source: Wan2.1 (text to video).
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from pf_jax.diffusion.multistep import SolverState
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.models.vae import WanVae
+from pf_jax.rollout.programs import compile_ahead
 from pf_jax.rollout.rollout import to_frames
 from pf_jax.types import Array, KeyValues, PyTree, check_shape
 
@@ -314,13 +314,10 @@ class ClipPrograms:
 
   def _compile(self, name: str, phase: str, function: Callable, *inputs: PyTree,
                donate: int | None = None) -> Callable:
-    begun = time.perf_counter()
-    donated = () if donate is None else (donate,)
-    compiled = jax.jit(function, donate_argnums=donated).lower(*inputs).compile()
-    self.compile_seconds[name] = time.perf_counter() - begun
-    if plan := compiled.memory_analysis():
-      self.scratch_bytes[phase] = max(self.scratch_bytes[phase], plan.temp_size_in_bytes)
-    return compiled
+    program = compile_ahead(function, inputs, donate)
+    self.compile_seconds[name] = program.seconds
+    self.scratch_bytes[phase] = max(self.scratch_bytes[phase], program.scratch_bytes)
+    return program.call
 
   def _row(self, index: int) -> StepRow:
     return jax.tree.map(lambda column: column[index], self._rows)

@@ -8,7 +8,6 @@ and selection were just denoised or come from disk, so a resumed rollout continu
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from pf_jax.models.bundle import VideoModels
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, RolloutState
+from pf_jax.rollout.programs import compile_ahead
 from pf_jax.rollout.rollout import to_frames
 from pf_jax.types import Array, KeyValues, PyTree
 
@@ -92,13 +92,10 @@ class Programs:
     self._given: Callable[..., tuple[Array, Array]] | None = None
 
   def _compile(self, name: str, function, *inputs: PyTree, donate: int | None = None):
-    start = time.perf_counter()
-    donated = () if donate is None else (donate,)
-    compiled = jax.jit(function, donate_argnums=donated).lower(self._abstract, *inputs).compile()
-    self.compile_seconds[name] = time.perf_counter() - start
-    if plan := compiled.memory_analysis():
-      self.scratch_bytes = max(self.scratch_bytes, plan.temp_size_in_bytes)
-    return compiled
+    program = compile_ahead(function, (self._abstract, *inputs), donate)
+    self.compile_seconds[name] = program.seconds
+    self.scratch_bytes = max(self.scratch_bytes, program.scratch_bytes)
+    return program.call
 
   def text_keys_values(self, rows: Array | np.ndarray) -> KeyValues:
     """Cross-attention keys/values [L, B, rows, N, H] of text rows, see `PromptEncoder`."""

@@ -119,7 +119,7 @@ class Plan:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', UserWarning)  # said before, see `warn_about_prompts`
       return pipeline.blocks([schedules[row] for row in rows], self.blocks,
-                                  [seeds[row] for row in rows], replay=replay)
+                             [seeds[row] for row in rows], replay=replay)
 
   def open_files(self, index: int, *, replayed: int = 0) -> BatchFiles:
     """The videos and the contact sheet of a batch, ready to be written."""

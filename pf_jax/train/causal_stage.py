@@ -72,16 +72,13 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
   Returns:
     (trained parts, step) -> metrics.
   """
-  def encoder(models: Models) -> PromptEncoder:
-    return PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
-
   sampler = evaluation.Sampler(stage.world, RolloutSpec(stage.cache_spec, stage.sampler))
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
     models = objective.assemble(params)
     save(stage, models, step, workdir)
-    return sampler.judge(models.without_text(), encoder(models), (stage.eval_blocks,), step,
-                         workdir)
+    encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
+    return sampler.judge(models.without_text(), encode, (stage.eval_blocks,), step, workdir)
 
   return evaluate
 

@@ -181,14 +181,15 @@ class DmdObjective:
 
   def plan(self, step: int) -> tuple[int, int]:
     """Warm-up blocks and exit pass of a step's rollout, both uniform; shared by all its blocks."""
-    draw = np.random.default_rng((self._seed, step))
+    draw = np.random.default_rng((self._seed, step, 1))  # prompts are drawn without the 1
     return (int(draw.integers(self._self_forcing.warmup_blocks + 1)),
             int(draw.integers(len(self._rollout.sampler.steps))))
 
   def generate(self, params: PyTree, batch: DmdBatch, step: int) -> DmdBatch:
     """The student rolls out its prompts."""
     models = self.assemble(params[GENERATOR])
-    key = jax.random.fold_in(jax.random.key(self._seed), step)
+    # Not the step's own key, which the losses split.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), 1), step)
     warmup, exit_step = self.plan(step)
     window = self_forcing.generate(
         models, self_forcing.text_keys_values(models, batch.rows),
@@ -207,7 +208,7 @@ class DmdObjective:
       value, about = self._generator_loss(params, batch.rows, batch.window, batch.teacher,
                                           generator_key)
       loss, metrics = loss + value, about
-    clip, _ = self_forcing.clips_of(batch.window.blocks.latents, batch.window)
+    clip, _ = self_forcing.clips_of(batch.window.blocks.x0, batch.window)
     metrics['critic'] = self._critic_loss(params[CRITIC]['transformer'], clip, batch.rows,
                                           critic_key)
     return loss + metrics['critic'], metrics

@@ -69,8 +69,8 @@ class DmdStage:
   def __post_init__(self):
     if self.videos < 1:
       raise ValueError(f'videos={self.videos} must be at least 1.')
-    if not 0 <= self.critic_learning_rate < float('inf'):
-      raise ValueError(f'critic_learning_rate={self.critic_learning_rate} must not be negative.')
+    if not 0 < self.critic_learning_rate < float('inf'):
+      raise ValueError(f'critic_learning_rate={self.critic_learning_rate} must be positive.')
     if not self.eval_blocks or min(self.eval_blocks) < 1:
       raise ValueError(f'eval_blocks={self.eval_blocks} must name lengths of at least 1.')
 
@@ -90,7 +90,7 @@ def prompt_batches(stage: DmdStage, encode: PromptEncoder, seed: int
                    ) -> Callable[[int], Iterator[PyTree]]:
   """`fit`'s batches: text rows of the prompts of a step, a function of the step alone.
 
-  Rows of all prompts are computed once; the text encoder is not needed afterwards.
+  A prompt is encoded when it is drawn for the first time; its rows are kept.
   """
   count = len(digits.DIGIT_NAMES) * len(digits.DIRECTIONS) * len(stage.world.colours)
 

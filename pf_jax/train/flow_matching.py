@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from pf_jax.diffusion import flow as flow_lib
 from pf_jax.diffusion import schedule
 from pf_jax.models.bundle import Models
-from pf_jax.types import Array
+from pf_jax.types import Array, PyTree
 
 
 def check_shares(spec: Any, *names: str) -> None:
@@ -160,6 +161,31 @@ def flow_loss(flow: Array, noised: Noised, spec: FlowMatchingSpec) -> Array:
   """Weighted squared error of each predicted flow: [B]."""
   error = jnp.mean((flow - noised.target)**2, axis=(1, 2, 3, 4))
   return error * (noised.sigma**2 if spec.loss == 'x0' else 1.0)
+
+
+class PartsObjective:
+  """What `fit` asks of an objective that trains some networks of a model.
+
+  Args:
+    models: the networks to start from; those that are not trained are carried along untouched.
+    trained: names of the others. Gradient norms are reported for each.
+  """
+
+  def __init__(self, models: Models, trained: Sequence[str]):
+    self._models, self._trained = models, tuple(trained)
+
+  def init(self, seed: int) -> dict[str, nnx.Module]:
+    """The trained parts; `seed` is unused, the models come initialised."""
+    del seed
+    return {name: getattr(self._models, name) for name in self._trained}
+
+  def param_groups(self, params: PyTree) -> PyTree:
+    """The name of the part that each parameter belongs to."""
+    return {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
+
+  def assemble(self, params: dict[str, nnx.Module]) -> Models:
+    """All networks, with the trained parts put in."""
+    return self._models.replaced(**params)
 
 
 def first_loss(models: Models, first: FirstBlocks, key: Array, spec: FlowMatchingSpec) -> Array:

@@ -65,8 +65,8 @@ class _Window:
     rows = jax.device_get(self.steps)
     seconds = time.monotonic() - self.since
     values: dict[str, float] = {}
-    for name in rows[0]:
-      column = np.array([row[name] for row in rows], np.float64)
+    for name in dict.fromkeys(name for row in rows for name in row):  # players differ in theirs
+      column = np.array([row[name] for row in rows if name in row], np.float64)
       if name == 'skipped':
         values[name] = float(column[-1])
       elif name == 'skipped_in_a_row':

@@ -41,7 +41,8 @@ class SelfForcingSpec:
     window_blocks: blocks of a rollout that are trained.
     warmup_blocks: most blocks before them; each rollout draws its own number from 0 on. Without
       them a short window hardly ever archives a block that a later one attends.
-    context_noise: noise level that finished blocks are remembered at; 0 remembers them as they are.
+    context_noise: noise level that the window's blocks are finished with (decoded, compressed,
+      remembered), as if they were so; 0 finishes them as they are. They are judged clean.
 
   Raises:
     ValueError: a value out of range.
@@ -69,12 +70,14 @@ class WindowBlock(NamedTuple):
 
   Attributes:
     x_t: [B, F, h, w, C], noisy input of its last pass.
-    latents: [B, F, h, w, C], as later blocks remember it.
+    x0: [B, F, h, w, C], what that pass predicted.
+    latents: [B, F, h, w, C], the same as later blocks remember it.
     lr_latents: [B, f, h', w', C].
     selected: [L, B, K].
   """
 
   x_t: Array
+  x0: Array
   latents: Array
   lr_latents: Array
   selected: Array
@@ -133,10 +136,10 @@ def _copy(tree: PyTree) -> PyTree:
   return jax.tree.map(jnp.copy, tree)
 
 
-@jax.jit
-def _remembered(latents: Array, keys: Array, number: Array, level: Array) -> Array:
-  noise = block_lib.block_noise(keys, number, -1, latents.shape[1:])
-  return flow_lib.add_noise(latents, noise, level)
+@functools.partial(jax.jit, static_argnames='draw')
+def _remembered(x0: Array, keys: Array, number: Array, level: Array, *, draw: int) -> Array:
+  noise = block_lib.block_noise(keys, number, draw, x0.shape[1:])
+  return flow_lib.add_noise(x0, noise, level)
 
 
 def generate(models: VideoModels, text: KeyValues, keys: Array, *, warmup: int, exit_step: int,
@@ -166,12 +169,14 @@ def generate(models: VideoModels, text: KeyValues, keys: Array, *, warmup: int, 
     last = exit_step if number >= warmup else steps - 1
     made = _denoise(models, state.cache, text, keys, jnp.int32(last), spec=rollout)
     latents = made.latents
-    if spec.context_noise:
-      latents = _remembered(latents, keys, jnp.int32(number), jnp.float32(spec.context_noise))
+    if spec.context_noise and number >= warmup:
+      # The passes draw noise 0 to `steps`.
+      latents = _remembered(latents, keys, jnp.int32(number), jnp.float32(spec.context_noise),
+                            draw=steps + 1)
     state, low, picture = _finish(models, state, latents, made.selected, text, first=number == 0,
                                   spec=rollout)
     if number >= warmup:
-      kept.append(WindowBlock(made.x_t, latents, low, made.selected))
+      kept.append(WindowBlock(made.x_t, made.latents, latents, low, made.selected))
     if number == warmup:
       boundary = _encode_picture(models, picture)
   return Window(start, jax.tree.map(lambda *x: jnp.stack(x), *kept),

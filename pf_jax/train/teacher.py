@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pf_jax.models.bundle import Models
 from pf_jax.models.tokenizer import TextBatch
@@ -18,6 +17,7 @@ from pf_jax.train.flow_matching import (
   ClipBatch,
   FlowBatch,
   FlowMatchingSpec,
+  PartsObjective,
   add_levels,
   check_shares,
   first_loss,
@@ -64,7 +64,7 @@ def clip_loss(models: Models, clips: ClipBatch, empty: TextBatch, key: Array, sp
   return jnp.mean(flow_loss(out.flow, noised, spec))
 
 
-class TeacherObjective:
+class TeacherObjective(PartsObjective):
   """`fit`'s view of the stage: trains transformer and text encoder.
 
   Args:
@@ -74,20 +74,8 @@ class TeacherObjective:
   """
 
   def __init__(self, models: Models, empty: TextBatch, spec: TeacherSpec):
-    self._models, self._empty, self._spec = models, empty, spec
-
-  def init(self, seed: int) -> dict[str, nnx.Module]:
-    """The trained parts; `seed` is unused, the models come initialised."""
-    del seed
-    return {name: getattr(self._models, name) for name in ('transformer', 'text')}
-
-  def param_groups(self, params) -> dict:
-    """Gradient norms are reported for the transformer and the text encoder."""
-    return {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
-
-  def assemble(self, params: dict[str, nnx.Module]) -> Models:
-    """All networks, with the trained parts put in."""
-    return self._models.replaced(**params)
+    super().__init__(models, ('transformer', 'text'))
+    self._empty, self._spec = empty, spec
 
   def loss(self, params, batch: FlowBatch, key: Array) -> tuple[Array, dict[str, Array]]:
     """`clip_loss` plus weighted `first_loss`."""

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, Layout, PackCache
@@ -29,6 +28,7 @@ from pf_jax.train.flow_matching import (
   ClipBatch,
   FlowBatch,
   FlowMatchingSpec,
+  PartsObjective,
   add_levels,
   check_shares,
   first_loss,
@@ -266,7 +266,7 @@ def clip_loss(models: Models, clips: Prepared, *, cache: CacheSpec, spec: Teache
   return jnp.mean(loss), metrics
 
 
-class CausalObjective:
+class CausalObjective(PartsObjective):
   """`fit`'s view of the stage: trains transformer, compressor and text encoder; the VAE is frozen.
 
   Args:
@@ -278,25 +278,13 @@ class CausalObjective:
 
   def __init__(self, models: Models, cache: CacheSpec, spec: TeacherForcingSpec,
                sigmas: Sequence[float] = ()):
-    self._models, self._spec, self._sigmas = models, spec, tuple(sigmas)
+    super().__init__(models, ('transformer', 'compressor', 'text'))
+    self._spec, self._sigmas = spec, tuple(sigmas)
     sizes = spec.sink_blocks or (cache.sink_blocks,)
     # A clip fills a few archive slots only; the others would be carried and differentiated for
     # nothing.
     self._caches = [dataclasses.replace(cache, sink_blocks=size, mid_capacity=cache.top_k)
                     for size in sizes]
-
-  def init(self, seed: int) -> dict[str, nnx.Module]:
-    """The trained parts; `seed` is unused, the models come initialised."""
-    del seed
-    return {name: getattr(self._models, name) for name in ('transformer', 'compressor', 'text')}
-
-  def param_groups(self, params) -> dict:
-    """Gradient norms are reported for the transformer, the compressor and the text encoder."""
-    return {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
-
-  def assemble(self, params: dict[str, nnx.Module]) -> Models:
-    """All networks, with the trained parts put in."""
-    return self._models.replaced(**params)
 
   def loss(self, params, batch: FlowBatch, key: Array) -> tuple[Array, dict[str, Array]]:
     """`clip_loss` plus weighted `first_loss`; the sink's size is drawn per step."""

@@ -1,5 +1,6 @@
 """Needs the CUDA compiler (`make test-aot`), no GPU. Sizes are Wan2.1-T2V-1.3B's, 832x480."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,10 +16,9 @@ from pf_jax.aot.targets import TARGETS
 from pf_jax.kernels.attention import Segment, attend
 from pf_jax.kernels.conv3d import conv3d
 from pf_jax.models.bundle import Models, ModelSpec
-from pf_jax.models.transformer import CausalTransformer
 from pf_jax.pipeline import rollout_spec
 from pf_jax.rollout import block as block_lib
-from pf_jax.types import tree_bytes
+from pf_jax.types import DTypes, tree_bytes
 
 H200 = TARGETS['h200']
 GB = 10**9
@@ -80,34 +80,59 @@ def test_convolutions_are_not_those_of_the_machine_that_compiles():
 
 
 @functools.cache
-def full_size():
+def full_size(vae_dtype='bfloat16'):
+  """Choices, networks and the shapes of everything else, for one video."""
   config = t2v_1_3b.get_config()
   model = build(ModelSpec, config.model)
+  model = dataclasses.replace(model, vae=dataclasses.replace(
+      model.vae, dtypes=DTypes(vae_dtype, vae_dtype, vae_dtype)))
   chosen = {name: {key: value for key, value in config[name].items() if value is not None}
             for name in ('cache', 'sampler')}
   spec = rollout_spec(model, chosen)
   models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)).without_text())
-  state = jax.eval_shape(functools.partial(block_lib.init, batch=1, spec=spec), models)
-  text = jax.eval_shape(CausalTransformer.text_keys_values, models.transformer,
-                        shape(1, 512, 4096, dtype=jnp.float32))
-  return spec, models, state, text, jax.eval_shape(lambda: jax.random.key(0)[None])
+  return spec, models, block_lib.input_shapes(models, 1, spec)
 
 
 def test_denoising_needs_almost_no_scratch():
-  spec, models, state, text, keys = full_size()
+  spec, models, shapes = full_size()
   report = compile_for(functools.partial(block_lib.denoise_block, spec=spec),
-                       (models, state.cache, text, keys), H200)
+                       (models, shapes.state.cache, shapes.text, shapes.keys), H200)
   # A packed history kept for later passes would be 4 GB, the logits of one layer 12.5 GB.
   assert report.scratch_bytes < 0.4 * GB
   assert report.argument_bytes < 10.6 * GB
 
 
 def test_a_whole_steady_block_fits_and_updates_its_state_in_place():
-  spec, models, state, text, keys = full_size()
+  spec, models, shapes = full_size()
   report = compile_for(functools.partial(block_lib.sample_block, first=False, spec=spec),
-                       (models, state, text, keys), H200, donate=(1,))
+                       (models, shapes.state, shapes.text, shapes.keys), H200, donate=(1,))
   assert spec.cache.attention_tokens == 27_872
-  assert report.alias_bytes == tree_bytes(state)
+  assert report.alias_bytes == tree_bytes(shapes.state)
   # The VAE's decoder is 4.9 GB of it. A copy of the archive would add 4.3.
   assert report.scratch_bytes < 6.5 * GB
   assert report.total_bytes < 20 * GB < H200.info.device_memory_size
+
+
+@pytest.mark.slow
+def test_print_the_readme_s_table():
+  """`make test-aot PYTEST_ARGS="--slow -s"`: a row for each program."""
+  for name, vae, function, inputs, donate in (
+      ('denoise a block, 4 steps', 'bfloat16', block_lib.denoise_block,
+       lambda s: (s.state.cache, s.text, s.keys), ()),
+      ('decode, compress, clean pass, commit', 'bfloat16',
+       functools.partial(block_lib.finish_block, first=False),
+       lambda s: (s.state, s.latents, s.selected, s.text), (1,)),
+      ('the whole steady block', 'bfloat16', functools.partial(block_lib.sample_block, first=False),
+       lambda s: (s.state, s.text, s.keys), (1,)),
+      ('the same with the VAE in float32', 'float32',
+       functools.partial(block_lib.sample_block, first=False),
+       lambda s: (s.state, s.text, s.keys), (1,)),
+      ('change of prompt', 'bfloat16', block_lib.switch_prompt, lambda s: (s.state, s.text), (1,))):
+    spec, models, shapes = full_size(vae)
+    report = compile_for(functools.partial(function, spec=spec), (models, *inputs(shapes)), H200,
+                         donate=donate)
+    figures = (report.argument_bytes, report.output_bytes, report.alias_bytes,
+               report.scratch_bytes, report.total_bytes)
+    print(f'| {name} | ' + ' | '.join(f'{size / GB:.2f}' for size in figures)
+          + f' | {report.trace_seconds + report.compile_seconds:.0f} s |')
+    assert report.total_bytes < H200.info.device_memory_size

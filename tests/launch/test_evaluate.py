@@ -33,15 +33,6 @@ def model(tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(scope='module')
-def without_jax(tmp_path_factory):
-  """A PYTHONPATH on which importing JAX ends the process with a telling message."""
-  folder = tmp_path_factory.mktemp('stub')
-  (folder / 'jax').mkdir()
-  (folder / 'jax' / '__init__.py').write_text('raise SystemExit("JAX WAS IMPORTED")\n')
-  return {'PYTHONPATH': os.pathsep.join([str(folder), os.environ['PYTHONPATH']])}
-
-
 def test_mistakes_are_named_before_jax_is_imported(without_jax, tmp_path):
   for argument, message in (
       ('--config.vidoes=3', '--config.vidoes is unknown (did you mean config.videos?)'),

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -83,15 +82,6 @@ def test_a_clip_is_not_replaced_unasked(finished, weights):
   assert errors.startswith('error: ')
   assert errors.endswith('exists already; pass --overwrite or choose another directory.\n')
   assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-@pytest.fixture(scope='module')
-def without_jax(tmp_path_factory):
-  """A PYTHONPATH on which importing JAX ends the process with a telling message."""
-  folder = tmp_path_factory.mktemp('stub')
-  (folder / 'jax').mkdir()
-  (folder / 'jax' / '__init__.py').write_text('raise SystemExit("JAX WAS IMPORTED")\n')
-  return {'PYTHONPATH': os.pathsep.join([str(folder), os.environ['PYTHONPATH']])}
 
 
 MISTAKES = [

@@ -18,15 +18,6 @@ def launch(*arguments, **environment):
                         env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope='module')
-def without_jax(tmp_path_factory):
-  """A PYTHONPATH on which importing JAX ends the process with a telling message."""
-  folder = tmp_path_factory.mktemp('stub')
-  (folder / 'jax').mkdir()
-  (folder / 'jax' / '__init__.py').write_text('raise SystemExit("JAX WAS IMPORTED")\n')
-  return {'PYTHONPATH': os.pathsep.join([str(folder), os.environ['PYTHONPATH']])}
-
-
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--config.train.step=3'],
      '--config.train.step is unknown (did you mean config.train.steps?)'),

@@ -38,7 +38,7 @@ def stage(models, tmp_path_factory):
 
 
 def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_path):
-  config = TrainConfig(steps=2, log_every=1, save_every=2, eval_every=2, ema_decay=0.9,
+  config = TrainConfig(steps=2, log_every=2, save_every=2, eval_every=2, ema_decay=0.9,
                        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, b1=0.0))
   result = dmd_stage.train_dmd(stage, config, tmp_path)
   params, start = result.state.params, package.load_model(stage.start).models
@@ -51,6 +51,10 @@ def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_pa
   assert set(counts['generator']) == {1}
   assert set(counts['critic']) == {2}
   records = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert len(records) == 2
+  # One record of both steps: the generator's numbers are those of the step in which it moved.
+  assert {'critic', 'fake_minus_real', 'grad_norm/generator'} <= set(result.metrics)
+  assert np.isfinite(result.metrics['grad_norm/compressor'])
   assert 'class_accuracy/block_2' in records[-1]
   loaded = pipeline.load(tmp_path)
   np.testing.assert_allclose(loaded.models.transformer.head.kernel,
@@ -78,7 +82,7 @@ def test_training_may_have_another_sink(stage, models):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(videos=0), 'videos=0 must be at least 1'),
-    (dict(critic_learning_rate=-1.0), r'critic_learning_rate=-1\.0 must not be negative'),
+    (dict(critic_learning_rate=-1.0), r'critic_learning_rate=-1\.0 must be positive'),
     (dict(eval_blocks=()), 'must name lengths')])
 def test_settings_that_cannot_be(stage, change, message):
   with pytest.raises(ValueError, match=message):

@@ -73,7 +73,21 @@ def test_a_training_rollout_is_a_sampled_one():
 def test_the_replay_is_the_rollout(exit_step):
   kept = window(2, exit_step)
   assert float(kept.sigma) == pytest.approx(BASE.sampler.sigmas[exit_step])
-  np.testing.assert_allclose(replay_once(MODELS, kept), kept.blocks.latents, atol=2e-5)
+  np.testing.assert_array_equal(kept.blocks.x0, kept.blocks.latents)
+  np.testing.assert_allclose(replay_once(MODELS, kept), kept.blocks.x0, atol=2e-5)
+
+
+def test_noisy_memories_are_of_blocks_that_are_judged_clean():
+  spec = dataclasses.replace(SPEC, context_noise=0.1)
+  kept = generate(MODELS, text(), KEYS, warmup=2, exit_step=1, rollout=ROLLOUT, spec=spec)
+  blocks = kept.blocks
+  noise = (blocks.latents - 0.9 * blocks.x0) / 0.1
+  assert float(jnp.std(noise)) == pytest.approx(1, abs=0.05)
+  assert float(jnp.abs(jnp.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1])) < 0.1
+  np.testing.assert_allclose(replay_once(MODELS, kept), blocks.x0, atol=2e-5)
+  # The first block of the window is made before any noise; the second one remembers it.
+  np.testing.assert_array_equal(blocks.x0[0], window(2, 1).blocks.x0[0])
+  assert np.abs(blocks.x0[1] - window(2, 1).blocks.x0[1]).max() > 1e-4
 
 
 def test_blocks_exit_at_the_same_pass_and_warm_up_blocks_at_the_last():

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from pf_jax.models.bundle import Models
@@ -72,3 +73,7 @@ def write_self_forcing(path: pathlib.Path, models: Models, ema: Models) -> pathl
       'generator_ema': {f'model._fsdp_wrapped_module.{name}': v for name, v in average.items()},
       'critic': {f'model.{name}': 0 * value for name, value in plain.items()}, 'step': 600})
   return path
+
+
+def assert_same(module, wanted):
+  jax.tree.map(np.testing.assert_array_equal, module, wanted)

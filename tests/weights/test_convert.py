@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,23 +16,10 @@ from pf_jax.weights.load import load_network, network_files
 from pf_jax.weights.networks import to_released
 from pf_jax.weights.tensors import WeightsError
 from tests.weights import checkpoints
+from tests.weights.checkpoints import assert_same
 
 SPEC = tiny_model_spec()
 HALF = DTypes('bfloat16', 'bfloat16', 'bfloat16')
-
-
-@pytest.fixture(scope='module')
-def models():
-  return random_models(SPEC, 1)
-
-
-@pytest.fixture(scope='module')
-def wan(models, tmp_path_factory):
-  return checkpoints.write_wan(tmp_path_factory.mktemp('weights') / 'Wan2.1', models)
-
-
-def assert_same(module, wanted):
-  jax.tree.map(np.testing.assert_array_equal, module, wanted)
 
 
 @pytest.mark.parametrize('form', ['safetensors', 'orbax'])

@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import numpy as np
 import pytest
 
 from pf_jax.pipeline import PACKAGED
@@ -13,29 +11,16 @@ from pf_jax.weights.load import load_network
 from pf_jax.weights.networks import to_released
 from pf_jax.weights.tensors import WeightsError
 from tests.weights import checkpoints
+from tests.weights.checkpoints import assert_same
 
 SPEC = tiny_model_spec()
 PARTS = ('transformer', 'vae', 'text')
 
 
 @pytest.fixture(scope='module')
-def models():
-  return random_models(SPEC, 1)
-
-
-@pytest.fixture(scope='module')
-def wan(models, tmp_path_factory):
-  return checkpoints.write_wan(tmp_path_factory.mktemp('weights') / 'Wan2.1', models)
-
-
-@pytest.fixture(scope='module')
 def exported(models, tmp_path_factory):
   return export.export_diffusers(models, PACKAGED / 'tokenizer.json',
                                  tmp_path_factory.mktemp('exported'))
-
-
-def assert_same(module, wanted):
-  jax.tree.map(np.testing.assert_array_equal, module, wanted)
 
 
 @pytest.mark.parametrize('part', PARTS)
