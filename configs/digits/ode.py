@@ -31,7 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
       solver='euler', steps=4 if tiny else 48, shift=5.0, guidance=3.0, batched=False))
   config.phases = ((dict(until=1, clips=2, first_blocks=0),) if tiny else
                    (dict(until=500, clips=4, first_blocks=0),))
-  config.teacher_forcing.update(dict(uniform_share=0.0))
   config.train.steps = 2 if tiny else 500
   config.train.optimizer.update(dict(
       learning_rate=3e-3, adam_learning_rate=5e-4, decay_steps=300, group_scale=dict(text=0.0)))

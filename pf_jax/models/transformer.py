@@ -375,7 +375,8 @@ class CausalTransformer(nnx.Module):
         kept.append(own)
       return outputs, (jax.tree.map(lambda a: a.astype(cache_dtype), kept), aux)
 
-    body = jax.checkpoint(body) if self.spec.remat else body
+    # A scan keeps the copies of what is computed twice apart.
+    body = jax.checkpoint(body, prevent_cse=False) if self.spec.remat else body
     xs, (kept, aux) = jax.lax.scan(body, [stream.x for stream in streams],
                                    (self.layers, text, slices))
     return TransformerOutput(self._head(xs[0], embedding, grid), kept[0],

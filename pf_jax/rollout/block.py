@@ -265,8 +265,8 @@ def _remember(buffer: Array, value: Array, slot: Array) -> Array:
 
 
 def finish_block(models: VideoModels, state: RolloutState, latents: Array, selected: Array,
-                 text: KeyValues, *, first: bool, spec: RolloutSpec
-                 ) -> tuple[RolloutState, Array]:
+                 text: KeyValues, *, first: bool, spec: RolloutSpec,
+                 remembered: tuple[Array, float] | None = None) -> tuple[RolloutState, Array]:
   """Decodes a denoised block, computes its keys/values at both resolutions, and commits them.
 
   Args:
@@ -277,6 +277,8 @@ def finish_block(models: VideoModels, state: RolloutState, latents: Array, selec
     text: cross-attention keys/values.
     first: whether this is the video's first block (its first latent frame is one picture).
     spec: static choices.
+    remembered: noisy latents and their level, for full-resolution keys/values that are not quite
+      those of the block (training only, see `SelfForcingSpec.context_noise`).
 
   Returns:
     The next state and the block's pixels [B, T, H, W, 3] in [-1, 1].
@@ -288,8 +290,9 @@ def finish_block(models: VideoModels, state: RolloutState, latents: Array, selec
     tokens = models.compress(latents, lr_latents)
   with jax.named_scope('clean_pass'):
     layout = cache_lib.layout(state.cache.blocks, spec.cache)
+    seen, sigma = remembered or (latents, 0.0)
     block, compressed, _ = step.clean_pass(
-        models, latents, tokens, text, slices=(state.cache.layers, selected),
+        models, seen, tokens, text, slices=(state.cache.layers, selected), sigma=sigma,
         context_fn=step.selected_history(state.cache.blocks, layout, spec.cache))
   with jax.named_scope('commit'):
     # After the pass that reads the cache: XLA would copy the archive to write it any earlier.

@@ -82,7 +82,7 @@ def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Arra
 
 
 def clean_pass(models: VideoModels, latents: Array, compressed: tuple[Array, np.ndarray],
-               text: KeyValues, *, slices: PyTree, context_fn: ContextFn
+               text: KeyValues, *, slices: PyTree, context_fn: ContextFn, sigma=0.0
                ) -> tuple[KeyValues, KeyValues, PyTree]:
   """Keys/values of a finished block at both resolutions, in one pass at timestep 0.
 
@@ -97,11 +97,13 @@ def clean_pass(models: VideoModels, latents: Array, compressed: tuple[Array, np.
     text: cross-attention keys/values.
     slices: per-layer pytree for `context_fn`.
     context_fn: how each layer gets its history.
+    sigma: level of the noise that training may have put on `latents`; the compressed stream is
+      clean in any case.
 
   Returns:
     Keys/values [L, B, T, N, H] and [L, B, M, N, H], and what `context_fn` passed out.
   """
-  timesteps = jnp.zeros(latents.shape[:2], jnp.float32)
+  timesteps = jnp.full(latents.shape[:2], schedule.timestep(sigma), jnp.float32)
   out = models.transformer(latents, timesteps, text, slices=slices, context_fn=context_fn,
                            compressed=compressed)
   assert out.compressed is not None  # asked for above

@@ -95,10 +95,15 @@ class ClipStage:
 S = TypeVar('S', bound=ClipStage)
 
 
+def tokenizer_file(tokenizer: str) -> pathlib.Path:
+  """A stage's tokenizer.json: the one it names, or the packaged one."""
+  return pathlib.Path(tokenizer or package.ROOT / 'digits' / package.TOKENIZER_FILE)
+
+
 def load_tokenizer(stage: ClipStage) -> Tokenizer:
   """The stage's tokenizer."""
-  path = stage.tokenizer or package.ROOT / 'digits' / package.TOKENIZER_FILE
-  return Tokenizer.from_file(path, max_tokens=stage.model.text.max_tokens)
+  return Tokenizer.from_file(tokenizer_file(stage.tokenizer),
+                             max_tokens=stage.model.text.max_tokens)
 
 
 def encode_low(models: VideoModels, pixels: Array) -> Array:

@@ -208,7 +208,7 @@ class DmdObjective:
       value, about = self._generator_loss(params, batch.rows, batch.window, batch.teacher,
                                           generator_key)
       loss, metrics = loss + value, about
-    clip, _ = self_forcing.clips_of(batch.window.blocks.x0, batch.window)
+    clip, _ = self_forcing.clips_of(batch.window.blocks.latents, batch.window)
     metrics['critic'] = self._critic_loss(params[CRITIC]['transformer'], clip, batch.rows,
                                           critic_key)
     return loss + metrics['critic'], metrics

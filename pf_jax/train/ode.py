@@ -55,10 +55,16 @@ def trajectory(transformer: CausalTransformer, noise: Array, text: KeyValues,
     The way [B, S, F, h, w, C] and its end x0 [B, F, h, w, C].
   """
 
-  def body(state: multistep.SolverState, row: bidirectional.StepRow):
-    after = bidirectional.denoise_step(transformer, state, row, text, negative_text, spec=spec)
-    return after, state.x
+  batch, *shape = noise.shape
+  wanted = np.asarray(steps).reshape(1, -1, *[1 for _ in shape])
 
-  start = multistep.init(noise.astype(jnp.float32))
-  state, way = jax.lax.scan(body, start, bidirectional.step_rows(spec))
-  return jnp.moveaxis(way[jnp.asarray(steps)], 0, 1), state.x
+  def body(carry: tuple[multistep.SolverState, Array], inputs: tuple[Array, bidirectional.StepRow]):
+    (state, way), (number, row) = carry, inputs
+    way = jnp.where(number == wanted, state.x[:, None], way)
+    return (bidirectional.denoise_step(transformer, state, row, text, negative_text, spec=spec),
+            way), None
+
+  start = (multistep.init(noise.astype(jnp.float32)), jnp.zeros((batch, len(steps), *shape)))
+  rows = jnp.arange(spec.steps), bidirectional.step_rows(spec)
+  (state, way), _ = jax.lax.scan(body, start, rows)
+  return way, state.x

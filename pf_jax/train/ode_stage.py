@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from pf_jax import outputs, pipeline
 from pf_jax.data import latents
@@ -59,19 +60,24 @@ class OdeStage(CausalStage):
     ode.snapshot_steps(self.trajectory, self.sampler)
 
 
+def _same(a: nnx.Module, b: nnx.Module) -> bool:
+  same = jax.tree.map(lambda x, y: x.shape == y.shape and bool(jnp.all(x == y)), a, b)
+  return jax.tree.all(same)
+
+
 def load_teacher(path: str, models: Models) -> CausalTransformer:
-  """The transformer of a teacher that reads the same text rows as a student.
+  """The transformer of a teacher that reads and draws what a student does.
 
   Raises:
-    PackageError: there is no model, or one with another text encoder.
+    PackageError: there is no model, or one with another text encoder or VAE.
   """
   teacher = package.load_model(pipeline.find_model(path)).models
-  same = jax.tree.all(jax.tree.map(
-      lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), teacher.text, models.text)
-  ) if teacher.spec.text == models.spec.text else False
-  if not same:
-    raise package.PackageError(f'the teacher {path} has another text encoder than the student; '
-                               'train it with the text encoder frozen (group_scale.text=0).')
+  for name, remedy in (('text', 'train it with the text encoder frozen (group_scale.text=0)'),
+                       ('vae', 'train both on one VAE')):
+    if (getattr(teacher.spec, name) != getattr(models.spec, name)
+        or not _same(getattr(teacher, name), getattr(models, name))):
+      raise package.PackageError(f'the teacher {path} has other weights of the part {name!r} than '
+                                 f'the student; {remedy}.')
   return teacher.transformer
 
 
@@ -139,6 +145,7 @@ def open_trajectories(stage: OdeStage, models: Models, tokenizer: Tokenizer, see
   directory = pipeline.find_model(stage.teacher)
   facts = json.loads(json.dumps({
       'teacher': outputs.file_digest(directory / package.WEIGHTS_FILE), 'clips': stage.clips,
+      'tokenizer': outputs.file_digest(clips.tokenizer_file(stage.tokenizer)),
       'blocks': stage.clip_blocks, 'sampler': dataclasses.asdict(stage.trajectory),
       'student_steps': stage.sampler.steps, 'shift': stage.sampler.shift,
       'world': dataclasses.asdict(stage.world), 'seed': seed}))

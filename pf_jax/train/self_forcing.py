@@ -5,8 +5,8 @@ A step has two halves that run the sampler's own functions:
   generate   no gradient: warm-up blocks, then a window of blocks, as the sampler makes them but for
              the pass at which every block of the window exits. What the last pass of each block saw
              is kept: its noisy input, the selection, the block's latents.
-  replay     with gradient: that last pass of every block again, over a history that is rebuilt from
-             the kept latents by the clean pass and commit.
+  replay     with gradient: that last pass of every block again, over the same history. Its full
+             resolution was kept; what is compressed is computed anew, through the compressor.
 
 History takes no gradient, with one exception: compressed keys/values stay differentiable until
 later blocks of the window attend them, which is how the compressor learns. The transformer's own
@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from pf_jax import cache as cache_lib
-from pf_jax.cache import CacheSpec, PackCache
+from pf_jax.cache import CacheSpec, LayerCache, PackCache
 from pf_jax.diffusion import flow as flow_lib
 from pf_jax.diffusion import schedule
 from pf_jax.models.bundle import VideoModels
+from pf_jax.models.transformer import ContextFn
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
 from pf_jax.rollout.block import ExitBlock, RolloutSpec, RolloutState
@@ -41,8 +42,8 @@ class SelfForcingSpec:
     window_blocks: blocks of a rollout that are trained.
     warmup_blocks: most blocks before them; each rollout draws its own number from 0 on. Without
       them a short window hardly ever archives a block that a later one attends.
-    context_noise: noise level that the window's blocks are finished with (decoded, compressed,
-      remembered), as if they were so; 0 finishes them as they are. They are judged clean.
+    context_noise: noise level at which the window's blocks are remembered: the clean pass sees them
+      so noisy, and is told so. They are decoded, compressed and judged clean.
 
   Raises:
     ValueError: a value out of range.
@@ -61,8 +62,9 @@ class SelfForcingSpec:
 
   def cache(self, cache: CacheSpec) -> CacheSpec:
     """The sampler's cache with an archive that holds a training rollout and no more."""
-    return dataclasses.replace(cache, mid_capacity=max(
-        cache.top_k, self.warmup_blocks + self.window_blocks))
+    longest = self.warmup_blocks + self.window_blocks
+    return dataclasses.replace(cache, mid_capacity=min(
+        cache.mid_capacity, max(cache.top_k, longest)))
 
 
 class WindowBlock(NamedTuple):
@@ -70,14 +72,12 @@ class WindowBlock(NamedTuple):
 
   Attributes:
     x_t: [B, F, h, w, C], noisy input of its last pass.
-    x0: [B, F, h, w, C], what that pass predicted.
-    latents: [B, F, h, w, C], the same as later blocks remember it.
+    latents: [B, F, h, w, C], the x0 that the pass predicted.
     lr_latents: [B, f, h', w', C].
     selected: [L, B, K].
   """
 
   x_t: Array
-  x0: Array
   latents: Array
   lr_latents: Array
   selected: Array
@@ -89,6 +89,7 @@ class Window(NamedTuple):
   Attributes:
     cache: before the window's first block.
     blocks: with a leading [n].
+    full: [L, B, n, T, N, H], what the cache remembers of the blocks at full resolution.
     sigma: float32 [], noise level of the last pass.
     boundary: [B, 1, h, w, C], the first latent frame as one picture, which is what a model of whole
       clips expects there. A window that begins with the video has it already.
@@ -97,6 +98,7 @@ class Window(NamedTuple):
 
   cache: PackCache
   blocks: WindowBlock
+  full: KeyValues
   sigma: Array
   boundary: Array
   inside: Array
@@ -113,17 +115,38 @@ def _denoise(models: VideoModels, cache: PackCache, text: KeyValues, keys: Array
   return block_lib.denoise_to_exit(models, cache, text, keys, exit_step, spec=spec)
 
 
-@functools.partial(jax.jit, static_argnames=('first', 'spec'), donate_argnums=1)
+class _Finished(NamedTuple):
+  """What `finish_block` leaves.
+
+  Attributes:
+    state: the next one.
+    low: LR latents of the block.
+    full: what the cache remembers of it at full resolution.
+    picture: the last one of its first latent frame.
+  """
+
+  state: RolloutState
+  low: Array
+  full: KeyValues
+  picture: Array
+
+
+@functools.partial(jax.jit, static_argnames=('first', 'spec', 'noise'), donate_argnums=1)
 def _finish(models: VideoModels, state: RolloutState, latents: Array, selected: Array,
-            text: KeyValues, *, first: bool, spec: RolloutSpec
-            ) -> tuple[RolloutState, Array, Array]:
-  """The next state, the block's LR latents, and the last picture of its first latent frame."""
-  slot = state.cache.blocks % spec.cache.recent_blocks
+            text: KeyValues, keys: Array, *, first: bool, spec: RolloutSpec, noise: float
+            ) -> _Finished:
+  number, remembered = state.cache.blocks, None
+  if noise:
+    draw = len(spec.sampler.steps) + 1  # the passes draw 0 to `steps`
+    fresh = block_lib.block_noise(keys, number, draw, latents.shape[1:])
+    remembered = flow_lib.add_noise(latents, fresh, noise), noise
   state, pixels = block_lib.finish_block(models, state, latents, selected, text, first=first,
-                                         spec=spec)
-  low = jax.lax.dynamic_index_in_dim(state.recent_lr, slot, axis=1, keepdims=False)
+                                         spec=spec, remembered=remembered)
+  low = jax.lax.dynamic_index_in_dim(state.recent_lr, number % spec.cache.recent_blocks, axis=1,
+                                     keepdims=False)
   picture = 0 if first else models.spec.video.temporal_stride - 1
-  return state, low, pixels[:, picture:picture + 1]
+  return _Finished(state, low, cache_lib.newest_block(state.cache, spec.cache),
+                   pixels[:, picture:picture + 1])
 
 
 @jax.jit
@@ -131,15 +154,32 @@ def _encode_picture(models: VideoModels, picture: Array) -> Array:
   return models.vae.encode_first(picture)[0]
 
 
+class _Kept(NamedTuple):
+  """Of one block, or of a whole window: see `Window`."""
+
+  blocks: WindowBlock
+  full: KeyValues
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def _room(one: _Kept, *, count: int) -> _Kept:
+  def zeros(x: Array, axis: int) -> Array:
+    return jnp.zeros((*x.shape[:axis], count, *x.shape[axis:]), x.dtype)
+
+  return _Kept(jax.tree.map(lambda x: zeros(x, 0), one.blocks),
+               jax.tree.map(lambda x: zeros(x, 2), one.full))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _keep(window: _Kept, one: _Kept, index: Array) -> _Kept:
+  put = jax.lax.dynamic_update_index_in_dim
+  return _Kept(jax.tree.map(lambda x, new: put(x, new, index, 0), window.blocks, one.blocks),
+               jax.tree.map(lambda x, new: put(x, new, index, 2), window.full, one.full))
+
+
 @jax.jit
 def _copy(tree: PyTree) -> PyTree:
   return jax.tree.map(jnp.copy, tree)
-
-
-@functools.partial(jax.jit, static_argnames='draw')
-def _remembered(x0: Array, keys: Array, number: Array, level: Array, *, draw: int) -> Array:
-  noise = block_lib.block_noise(keys, number, draw, x0.shape[1:])
-  return flow_lib.add_noise(x0, noise, level)
 
 
 def generate(models: VideoModels, text: KeyValues, keys: Array, *, warmup: int, exit_step: int,
@@ -162,25 +202,22 @@ def generate(models: VideoModels, text: KeyValues, keys: Array, *, warmup: int, 
   if not 0 <= exit_step < steps:
     raise ValueError(f'{exit_step=} is none of the {steps} passes.')
   state = _start(models, keys, spec=rollout)
-  kept: list[WindowBlock] = []
   for number in range(warmup + spec.window_blocks):
     if number == warmup:
       start = _copy(state.cache)  # `state` is donated
-    last = exit_step if number >= warmup else steps - 1
-    made = _denoise(models, state.cache, text, keys, jnp.int32(last), spec=rollout)
-    latents = made.latents
-    if spec.context_noise and number >= warmup:
-      # The passes draw noise 0 to `steps`.
-      latents = _remembered(latents, keys, jnp.int32(number), jnp.float32(spec.context_noise),
-                            draw=steps + 1)
-    state, low, picture = _finish(models, state, latents, made.selected, text, first=number == 0,
-                                  spec=rollout)
-    if number >= warmup:
-      kept.append(WindowBlock(made.x_t, made.latents, latents, low, made.selected))
-    if number == warmup:
-      boundary = _encode_picture(models, picture)
-  return Window(start, jax.tree.map(lambda *x: jnp.stack(x), *kept),
-                jnp.float32(rollout.sampler.sigmas[exit_step]), boundary, jnp.asarray(warmup > 0))
+    trained = number >= warmup  # a block of the window
+    made = _denoise(models, state.cache, text, keys, jnp.int32(exit_step if trained else steps - 1),
+                    spec=rollout)
+    done = _finish(models, state, made.latents, made.selected, text, keys, first=number == 0,
+                   spec=rollout, noise=spec.context_noise if trained else 0.0)
+    state = done.state
+    if trained:
+      one = _Kept(WindowBlock(made.x_t, made.latents, done.low, made.selected), done.full)
+      if number == warmup:
+        kept, boundary = _room(one, count=spec.window_blocks), _encode_picture(models, done.picture)
+      kept = _keep(kept, one, jnp.int32(number - warmup))
+  return Window(start, kept.blocks, kept.full, jnp.float32(rollout.sampler.sigmas[exit_step]),
+                boundary, jnp.asarray(warmup > 0))
 
 
 def replay(models: VideoModels, text: KeyValues, window: Window, *, rollout: RolloutSpec) -> Array:
@@ -199,28 +236,75 @@ def replay(models: VideoModels, text: KeyValues, window: Window, *, rollout: Rol
   window = jax.lax.stop_gradient(window)
   still = models.replaced(transformer=jax.lax.stop_gradient(models.transformer))
   count, batch = window.blocks.x_t.shape[:2]
-  positions, cache_spec = models.spec.compressed_positions, rollout.cache
   # All at once: convolutions inside a scan are very slow on a CPU.
   merged = jax.tree.map(lambda x: x.reshape(count * batch, *x.shape[2:]),
                         (window.blocks.latents, window.blocks.lr_latents))
-  tokens, _ = still.compress(*merged)
+  tokens, positions = still.compress(*merged)
   tokens = tokens.reshape(count, batch, *tokens.shape[1:])
+  past = _Past(window, rollout.cache)
 
-  def body(cache: PackCache, inputs: tuple[WindowBlock, Array]):
-    block, compressed_tokens = inputs
-    layout = cache_lib.layout(cache.blocks, cache_spec)
-    context_fn = step.selected_history(cache.blocks, layout, cache_spec)
+  def body(memory: LayerCache, inputs: tuple[Array, WindowBlock, Array]):
+    number, block, compressed_tokens = inputs
+    context_fn = past.context_fn(number)
     timesteps = jnp.broadcast_to(schedule.timestep(window.sigma), block.x_t.shape[:2])
-    out = models.transformer(block.x_t, timesteps, text, slices=(cache.layers, block.selected),
+    out = models.transformer(block.x_t, timesteps, text, slices=past.slices(memory, block.selected),
                              context_fn=context_fn)
-    past = jax.lax.stop_gradient(cache.layers)
-    full, compressed, _ = step.clean_pass(
+    # Only the compressed stream of this pass is used; the compiler drops the other one.
+    _, compressed, _ = step.clean_pass(
         still, block.latents, (compressed_tokens, positions), jax.lax.stop_gradient(text),
-        slices=(past, block.selected), context_fn=context_fn)
-    cache = cache_lib.commit(cache, jax.lax.stop_gradient(full), compressed, spec=cache_spec)
-    return cache, flow_lib.predict_x0(block.x_t, out.flow, window.sigma)
+        slices=jax.lax.stop_gradient(past.slices(memory, block.selected)), context_fn=context_fn)
+    return (past.commit(memory, number, compressed),
+            flow_lib.predict_x0(block.x_t, out.flow, window.sigma))
 
-  return jax.lax.scan(jax.checkpoint(body), window.cache, (window.blocks, tokens))[1]
+  body = jax.checkpoint(body, prevent_cse=False)  # a scan keeps the copies apart
+  return jax.lax.scan(body, past.memory(), (jnp.arange(count), window.blocks, tokens))[1]
+
+
+class _Past:
+  """The history of each block of a window: constants, and a memory that is carried along.
+
+  The memory is a cache without sink and recent blocks, which are most of it: a scan that is
+  differentiated keeps its carry once for every block.
+  """
+
+  def __init__(self, window: Window, spec: CacheSpec):
+    self._window, self._spec = window, spec
+    self._first = window.cache.blocks
+
+  def memory(self) -> LayerCache:
+    """What is carried, before the window."""
+    return self._without_full(self._window.cache.layers)
+
+  def _without_full(self, layers: LayerCache) -> LayerCache:
+    none = KeyValues(jnp.zeros(()), jnp.zeros(()))
+    return dataclasses.replace(layers, sink=none, recent=none)
+
+  def _layers(self, memory: LayerCache) -> LayerCache:
+    held = self._window.cache.layers
+    return dataclasses.replace(memory, sink=held.sink, recent=held.recent)
+
+  def slices(self, memory: LayerCache, selected: Array) -> PyTree:
+    """What `context_fn` gets of every layer."""
+    return self._layers(memory), self._window.full, selected
+
+  def context_fn(self, number: Array) -> ContextFn:
+    """The history of block `number` of the window."""
+    blocks = self._first + number
+    history = step.selected_history(blocks, cache_lib.layout(blocks, self._spec), self._spec)
+
+    def context_fn(layer_slice: tuple[LayerCache, KeyValues, Array], q: Array):
+      layer, full, selected = layer_slice
+      layer = cache_lib.with_later_blocks(layer, full, self._first, blocks, self._spec)
+      return history((layer, selected), q)
+
+    return context_fn
+
+  def commit(self, memory: LayerCache, number: Array, compressed: KeyValues) -> LayerCache:
+    """The memory after block `number`."""
+    cache = PackCache(self._layers(memory), self._first + number)
+    full = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 2, keepdims=False),
+                        self._window.full)
+    return self._without_full(cache_lib.commit(cache, full, compressed, spec=self._spec).layers)
 
 
 def clips_of(x0: Array, window: Window) -> tuple[Array, Array]:

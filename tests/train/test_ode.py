@@ -124,8 +124,11 @@ def test_a_run_keeps_the_text_encoder_and_leaves_a_model(tmp_path):
   before = package.load_model(tmp_path / 'start').models
   jax.tree.map(np.testing.assert_array_equal, loaded.text, before.text)
   assert np.abs(loaded.transformer.head.kernel - before.transformer.head.kernel).max() > 0
-  other = dataclasses.replace(stage, teacher=str(tmp_path / 'other'), store=str(tmp_path / 'b'))
-  package.save_model(tmp_path / 'other', models().replaced(
-      text=jax.tree.map(lambda x: x + 1, models().text)))
-  with pytest.raises(package.PackageError, match='has another text encoder than the student'):
-    ode_stage.train_ode(other, config, tmp_path / 'run2')
+
+
+@pytest.mark.parametrize('part', ['text', 'vae'])
+def test_a_teacher_of_another_kind_is_refused(tmp_path, part):
+  other = jax.tree.map(lambda x: x + 1, getattr(models(), part))
+  package.save_model(tmp_path, models().replaced(**{part: other}))
+  with pytest.raises(package.PackageError, match=f"other weights of the part '{part}' than the st"):
+    ode_stage.load_teacher(str(tmp_path), models())
