@@ -72,6 +72,8 @@ class TrainConfig:
     keep: newest checkpoints to keep.
     eval_every: steps between evaluations; 0 for none.
     ema_decay: decay of the parameter average; 0 for none.
+    accumulate: parts that a batch is computed in, one after the other. A step then needs the memory
+      of a part, and computes the same mean gradient.
     max_skipped_in_a_row: abort after this many steps in a row that were not finite.
     optimizer: see `OptimizerConfig`.
 
@@ -86,11 +88,12 @@ class TrainConfig:
   keep: int = 3
   eval_every: int = 0
   ema_decay: float = 0.999
+  accumulate: int = 1
   max_skipped_in_a_row: int = 20
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
   def __post_init__(self):
-    for name in ('steps', 'log_every', 'save_every', 'max_skipped_in_a_row'):
+    for name in ('steps', 'log_every', 'save_every', 'accumulate', 'max_skipped_in_a_row'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.keep < 2:

@@ -25,7 +25,7 @@ from pf_jax.train.state import (
   moving_parts,
   take_turns,
 )
-from pf_jax.train.step import make_train_step
+from pf_jax.train.step import TrainStep, split
 
 PyTree = Any
 
@@ -86,7 +86,7 @@ class _Run:
   config: TrainConfig
   objective: Objective
   state: TrainState
-  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  train_step: TrainStep
   checkpoints: Checkpoints
   writer: MetricWriter
   progress: Progress
@@ -97,12 +97,20 @@ class _Run:
 
   def step(self, batch: PyTree, step: int) -> dict[str, jax.Array]:
     """Advances the state; returns metrics that are still on the device."""
-    if hasattr(self.objective, 'generate'):
-      batch = self.objective.generate(self.state.params, batch, step)
     players = getattr(self.objective, 'players', None)
     moving = None if players is None else moving_parts(players, step)
-    self.state, metrics = self.train_step(self.state, batch, moving=moving)
+    if self.config.accumulate == 1:
+      self.state, metrics = self.train_step(self.state, self.complete(batch, step), moving)
+    else:
+      parts = (self.complete(part, step) for part in split(batch, self.config.accumulate))
+      self.state, metrics = self.train_step.in_parts(self.state, parts, moving)
     return metrics
+
+  def complete(self, batch: PyTree, step: int) -> PyTree:
+    """A batch, or a part of one, with what the objective makes of it beforehand."""
+    if hasattr(self.objective, 'generate'):
+      return self.objective.generate(self.state.params, batch, step)
+    return batch
 
   def save(self, step: int) -> None:
     self.checkpoints.save(self.state, meta={'data_position': step})
@@ -253,5 +261,5 @@ def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
   stack.callback(writer.close)
   progress = Progress(config.steps, min(start, config.steps))
   stack.callback(progress.close)
-  train_step = make_train_step(objective, optimizer, labels, config.ema_decay)
+  train_step = TrainStep(objective, optimizer, labels, config.ema_decay)
   return _Run(config, objective, state, train_step, checkpoints, writer, progress, stop, evaluate)

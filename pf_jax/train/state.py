@@ -26,10 +26,11 @@ class Objective(Protocol):
     muon_axes(params) -> pytree of optax.contrib.MuonDimensionNumbers or None (None: Adam).
     players: {part: n}, where `params` is a dict of parts that play against each other: a part moves
       in every n-th step, with an optimizer of its own. `loss` then takes `moving`, the parts that
-      move in this step, and is to give each of them its own gradient and no other.
+      move in this step; the gradient is taken in these alone.
     averaged: parts of `params` that have a moving average; all without it.
-    generate(params, batch, step) -> batch: makes the batch of a step with the networks as they are,
-      before the compiled step and outside of it. A function of its arguments alone.
+    generate(params, batch, step) -> batch: makes the batch of a step, or of a part of it, with the
+      networks as they are, before the compiled step and outside of it. A function of its arguments
+      alone.
   """
 
   def init(self, seed: int) -> PyTree:
@@ -199,7 +200,8 @@ def take_turns(optimizers: Mapping[str, optax.GradientTransformation]
                ) -> optax.GradientTransformationExtraArgs:
   """An optimizer for each part of a dict; only the parts named by `moving` move.
 
-  The others keep parameters and moments as if there had been no step.
+  Updates and parameters are those of the moving parts alone; the others keep their moments as if
+  there had been no step.
   """
 
   def init(params: PyTree) -> PyTree:
@@ -207,11 +209,8 @@ def take_turns(optimizers: Mapping[str, optax.GradientTransformation]
 
   def update(updates: PyTree, state: PyTree, params: PyTree = None, *, moving: frozenset[str]):
     moved, states = {}, dict(state)
-    for name, optimizer in optimizers.items():
-      if name in moving:
-        moved[name], states[name] = optimizer.update(updates[name], state[name], params[name])
-      else:
-        moved[name] = jax.tree.map(jnp.zeros_like, params[name])
+    for name in sorted(moving):
+      moved[name], states[name] = optimizers[name].update(updates[name], state[name], params[name])
     return moved, states
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,7 @@
 """One optimizer step: loss, gradients per group, update, average; skipped when not finite."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +31,36 @@ def _average(ema: PyTree, params: PyTree, decay: float, step: Array) -> PyTree:
   return jax.tree.map(lambda a, p: (keep * a + (1.0 - keep) * p).astype(a.dtype), ema, params)
 
 
-def _average_of(state: TrainState, params: PyTree, decay: float, moving: frozenset[str] | None
-                ) -> PyTree:
-  """The average after a step; that of parts that rest does not change."""
-  if state.ema is None or moving is None:
-    return _average(state.ema, params, decay, state.step)
-  return {name: _average(part, params[name], decay, state.step) if name in moving else part
-          for name, part in state.ema.items()}
+def split(batch: PyTree, parts: int) -> Iterator[PyTree]:
+  """Cuts a batch into equal parts along the leading axis of every leaf.
+
+  Raises:
+    ValueError: an axis that does not divide.
+  """
+  for leaf in jax.tree.leaves(batch):
+    if leaf.shape[0] % parts:
+      raise ValueError(f'a batch of {leaf.shape[0]} does not divide into accumulate={parts} parts; '
+                       'make it a multiple.')
+  for part in range(parts):
+    yield jax.tree.map(lambda x, i=part: x[i * (n := x.shape[0] // parts):(i + 1) * n], batch)
 
 
-def _resting(labels: PyTree, moving: frozenset[str] | None) -> set[str]:
-  """Groups of which no part moves."""
-  if moving is None:
-    return set()
-  groups = {name: set(jax.tree.leaves(part)) for name, part in labels.items()}
-  return set().union(*groups.values()) - set().union(*(groups[name] for name in moving))
+class Sums(NamedTuple):
+  """What the parts of a batch add up to.
+
+  Attributes:
+    loss: float32 [].
+    metrics: scalars.
+    gradients: of the parameters that move.
+  """
+
+  loss: Array
+  metrics: dict[str, Array]
+  gradients: PyTree
 
 
-def make_train_step(objective: Objective, optimizer: optax.GradientTransformation,
-                    labels: PyTree, ema_decay: float,
-                    ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-  """Compiles the step. It donates the state: keep using the returned one only.
+class TrainStep:
+  """One optimizer step, compiled. It donates the state: keep using the returned one only.
 
   A step whose loss or gradient is not finite changes nothing but the counters, so parameters,
   moments and average stay finite whatever a batch does.
@@ -61,37 +70,127 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     optimizer: from `make_optimizer`, or from `take_turns` if the objective has players.
     labels: group name of each parameter leaf.
     ema_decay: decay of the parameter average (unused when the state has none).
-
-  Returns:
-    A jitted (state, batch, moving=None) -> (state, metrics); metrics are float32 scalars on the
-    device, NaN for gradients of parts that do not move. `moving` is static: a frozenset of parts.
   """
 
-  def train_step(state: TrainState, batch: PyTree, moving: frozenset[str] | None = None
-                 ) -> tuple[TrainState, dict[str, Array]]:
-    key = jax.random.fold_in(state.rng, state.step)
+  def __init__(self, objective: Objective, optimizer: optax.GradientTransformation, labels: PyTree,
+               ema_decay: float):
+    self._objective, self._optimizer = objective, optimizer
+    self._labels, self._ema_decay = labels, ema_decay
+    static = dict(static_argnames='moving')
+    self.whole = jax.jit(self._whole, donate_argnums=0, **static)
+    self._add = jax.jit(self._add_part, donate_argnums=0, **static)
+    self._apply = jax.jit(self._apply_sums, donate_argnums=0,
+                          static_argnames=('moving', 'parts'))
+
+  def __call__(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None = None
+               ) -> tuple[TrainState, dict[str, Array]]:
+    """A step on a batch.
+
+    Args:
+      state: is donated.
+      batch: of the objective.
+      moving: names of the players that move; None: there are no players.
+
+    Returns:
+      The next state, and metrics: float32 scalars on the device, NaN for gradients of players that
+      rest.
+    """
+    return self.whole(state, batch, moving=moving)
+
+  def in_parts(self, state: TrainState, batches: Iterable[PyTree],
+               moving: frozenset[str] | None = None) -> tuple[TrainState, dict[str, Array]]:
+    """A step on the mean gradient of several batches, of which only one is in memory at a time.
+
+    Args:
+      state: is donated.
+      batches: at least one.
+      moving: as in a step on one batch.
+    """
+    sums, parts = None, 0
+    for batch in batches:
+      sums = self._zeros(state, batch, moving) if sums is None else sums
+      sums = self._add(sums, state, batch, jnp.int32(parts), moving=moving)
+      parts += 1
+    return self._apply(state, sums, moving=moving, parts=parts)
+
+  def _whole(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None = None
+             ) -> tuple[TrainState, dict[str, Array]]:
+    return self._update(state, self._gradients(state, batch, self._key(state), moving), moving)
+
+  def _add_part(self, sums: Sums, state: TrainState, batch: PyTree, part: Array,
+                moving: frozenset[str] | None) -> Sums:
+    key = jax.random.fold_in(self._key(state), part)
+    return jax.tree.map(jnp.add, sums, self._gradients(state, batch, key, moving))
+
+  def _apply_sums(self, state: TrainState, sums: Sums, moving: frozenset[str] | None, parts: int
+                  ) -> tuple[TrainState, dict[str, Array]]:
+    return self._update(state, jax.tree.map(lambda x: x / parts, sums), moving)
+
+  def _zeros(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None) -> Sums:
+    # Only scalars need their shapes traced; gradients lie where their parameters lie.
+    shapes = jax.eval_shape(lambda *given: self._loss(*given, moving)[1], state.params, batch,
+                            state.rng)
+    zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}
+    return Sums(jnp.zeros((), jnp.float32), zeros,
+                jax.tree.map(jnp.zeros_like, _part(state.params, moving)))
+
+  def _key(self, state: TrainState) -> Array:
+    return jax.random.fold_in(state.rng, state.step)
+
+  def _loss(self, params: PyTree, batch: PyTree, key: Array, moving: frozenset[str] | None
+            ) -> tuple[Array, dict[str, Array]]:
     turn: dict[str, Any] = {} if moving is None else {'moving': moving}
-    (loss, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(
-        state.params, batch, key, **turn)
-    norms = group_norms(gradients, labels)
+    return self._objective.loss(params, batch, key, **turn)
+
+  def _gradients(self, state: TrainState, batch: PyTree, key: Array,
+                 moving: frozenset[str] | None) -> Sums:
+    def loss(part: PyTree):
+      return self._loss(_replaced(state.params, part, moving), batch, key, moving)
+
+    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
+        _part(state.params, moving))
+    return Sums(value, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()},
+                gradients)
+
+  def _update(self, state: TrainState, sums: Sums, moving: frozenset[str] | None
+              ) -> tuple[TrainState, dict[str, Array]]:
+    norms = group_norms(sums.gradients, _part(self._labels, moving))
     total = jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
-    finite = jnp.isfinite(loss) & jnp.isfinite(total)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **turn)
-    params = optax.apply_updates(state.params, updates)
-    ema = _average_of(state, params, ema_decay, moving)
-    old = (state.params, state.opt_state, state.ema)
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(total)
+    turn: dict[str, Any] = {} if moving is None else {'moving': moving}
+    old = _part(state.params, moving)
+    updates, opt_state = self._optimizer.update(sums.gradients, state.opt_state, old, **turn)
+    params = _replaced(state.params, optax.apply_updates(old, updates), moving)
+    ema = _average_of(state, params, self._ema_decay, moving)
     params, opt_state, ema = jax.tree.map(
-        lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema), old)
+        lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema))
     skip = (~finite).astype(jnp.int32)
-    in_a_row = (state.skipped_in_a_row + 1) * skip
     new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema,
-                           rng=state.rng, skipped=state.skipped + skip, skipped_in_a_row=in_a_row)
-    resting = _resting(labels, moving)
-    by_group = {f'grad_norm/{name}': jnp.nan if name in resting else norm
-                for name, norm in norms.items()}
-    metrics = {'loss': loss, **metrics, 'grad_norm': total,
-               **(by_group if len(norms) > 1 else {}),
-               'skipped': new_state.skipped, 'skipped_in_a_row': in_a_row}
+                           rng=state.rng, skipped=state.skipped + skip,
+                           skipped_in_a_row=(state.skipped_in_a_row + 1) * skip)
+    groups = sorted(set(jax.tree.leaves(self._labels)))
+    by_group = {f'grad_norm/{name}': norms.get(name, jnp.nan) for name in groups}
+    metrics = {'loss': sums.loss, **sums.metrics, 'grad_norm': total,
+               **(by_group if len(groups) > 1 else {}),
+               'skipped': new_state.skipped, 'skipped_in_a_row': new_state.skipped_in_a_row}
     return new_state, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
 
-  return jax.jit(train_step, donate_argnums=0, static_argnames='moving')
+
+def _part(params: PyTree, moving: frozenset[str] | None) -> PyTree:
+  """What moves."""
+  return params if moving is None else {name: params[name] for name in sorted(moving)}
+
+
+def _replaced(params: PyTree, part: PyTree, moving: frozenset[str] | None) -> PyTree:
+  """All parameters, with what moves put in."""
+  return part if moving is None else {**params, **part}
+
+
+def _average_of(state: TrainState, params: PyTree, decay: float, moving: frozenset[str] | None
+                ) -> PyTree:
+  """The average after a step; that of parts that rest does not change."""
+  if state.ema is None or moving is None:
+    return _average(state.ema, params, decay, state.step)
+  return {name: _average(part, params[name], decay, state.step) if name in moving else part
+          for name, part in state.ema.items()}

@@ -160,7 +160,7 @@ def test_the_critic_learns_what_the_student_makes():
   groups = made.param_groups(start)
   optimizer = state.take_turns({
       name: state.make_optimizer(config, 99, start[name], groups[name]) for name in made.players})
-  advance = step.make_train_step(made, optimizer, groups, 0.9)
+  advance = step.TrainStep(made, optimizer, groups, 0.9)
   run = state.init_state(start, optimizer, 0, ema=True, averaged=made.averaged)
   assert set(run.ema) == {GENERATOR}
   losses = []

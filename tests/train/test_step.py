@@ -17,7 +17,7 @@ def start(objective=None, **overrides):
   labels = (objective.param_groups(params) if hasattr(objective, 'param_groups')
             else jax.tree.map(lambda _: 'all', params))
   optimizer = state.make_optimizer(config.optimizer, config.steps, params, labels)
-  train_step = step.make_train_step(objective, optimizer, labels, config.ema_decay)
+  train_step = step.TrainStep(objective, optimizer, labels, config.ema_decay)
   return train_step, state.init_state(params, optimizer, 0, ema=config.ema_decay > 0)
 
 
@@ -84,8 +84,58 @@ def test_step_compiles_once_and_draws_new_noise_every_step():
   for _ in range(3):
     train_state, metrics = train_step(train_state, toy.batch_of(0))
     losses.append(float(metrics['loss']))
-  assert train_step._cache_size() == 1
+  assert train_step.whole._cache_size() == 1
   assert len(set(losses)) == 3
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+class Quadratic(toy.Toy):
+  """Without noise: a batch's gradient is the mean of its parts'."""
+
+  def loss(self, net, batch, key):
+    del key
+    error = jnp.mean((net.last(jax.nn.relu(net.first(batch['x'])))[:, 0] - batch['y'])**2)
+    return error, {'error': error}
+
+
+def test_a_batch_in_parts_is_the_batch():
+  batch = toy.batch_of(0)
+  whole, state_a = start(Quadratic())
+  state_a, one = whole(state_a, batch)
+  for parts in (2, 4):
+    train_step, state_b = start(Quadratic())
+    state_b, several = train_step.in_parts(state_b, step.split(batch, parts))
+    moved = [host((x.params, x.opt_state, x.ema)) for x in (state_a, state_b)]
+    for wanted, got in zip(*moved, strict=True):
+      np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
+    assert several.keys() == one.keys()
+    for name, value in one.items():
+      assert float(several[name]) == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_parts_differ_in_noise_and_one_bad_one_spoils_the_step():
+  train_step, train_state = start()
+  batch = toy.batch_of(0)
+  same = {name: np.repeat(value[:8], 2, axis=0) for name, value in batch.items()}
+  halves = [{name: value[i::2] for name, value in same.items()} for i in range(2)]
+  losses = []
+  for half in halves:  # the same rows
+    sums = train_step._zeros(train_state, half, None)
+    sums = train_step._add(sums, train_state, half, jnp.int32(len(losses)), moving=None)
+    losses.append(float(sums.loss))
+  assert losses[0] != losses[1]
+  before = host(train_state.params)
+  halves[1]['x'][0, 0] = np.nan
+  train_state, metrics = train_step.in_parts(train_state, halves)
+  assert_same(before, host(train_state.params))
+  assert metrics['skipped'] == 1
+
+
+def test_a_batch_that_does_not_divide():
+  with pytest.raises(ValueError, match='a batch of 16 does not divide into accumulate=3 parts'):
+    list(step.split(toy.batch_of(0), 3))
 
 
 # --- players --------------------------------------------------------------------------------------
@@ -115,7 +165,7 @@ def test_players_take_turns():
   duel = Duel()
   labels = duel.param_groups(duel.init(0))
   optimizer = state.take_turns({name: optax.adam(0.1) for name in duel.players})
-  train_step = step.make_train_step(duel, optimizer, labels, 0.5)
+  train_step = step.TrainStep(duel, optimizer, labels, 0.5)
   run = state.init_state(duel.init(0), optimizer, 0, ema=True, averaged=duel.averaged)
   ones, twos, averages = [], [], []
   for index in range(7):
