@@ -115,6 +115,11 @@ class OpenedWeights:
   compressor: pathlib.Path | None
   tokenizer: pathlib.Path
 
+  def prompt_encoder(self, model: ModelSpec) -> PromptEncoder:
+    """Of the text encoder and its tokenizer; loads the network when a prompt is new."""
+    tokenizer = Tokenizer.from_file(self.tokenizer, max_tokens=model.text.max_tokens)
+    return PromptEncoder(tokenizer, model.text, self.text.load)
+
   @property
   def files(self) -> tuple[pathlib.Path, ...]:
     """All of them."""
@@ -156,8 +161,7 @@ def load(weights: ReleasedWeights, *, cache: Mapping[str, Any] | None = None,
   """
   model = weights.model
   opened = weights.open(say=say)  # everything is there and fits, before anything large is read
-  tokenizer = Tokenizer.from_file(opened.tokenizer, max_tokens=model.text.max_tokens)
-  prompts = PromptEncoder(tokenizer, model.text, opened.text.load)
+  prompts = opened.prompt_encoder(model)
   if texts:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', UserWarning)  # said by `plan.warn_about_prompts`

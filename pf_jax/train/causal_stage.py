@@ -15,7 +15,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import clips, evaluation, loop
+from pf_jax.train import clips, evaluation, loop, networks
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import CausalObjective, TeacherForcingSpec
@@ -72,10 +72,11 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
   Returns:
     (trained parts, step) -> metrics.
   """
-  sampler = evaluation.Sampler(stage.world, RolloutSpec(stage.cache_spec, stage.sampler))
+  sampler = evaluation.Sampler(stage.world, RolloutSpec(stage.cache_spec, stage.sampler),
+                               clip_blocks=stage.clip_blocks)
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    models = objective.assemble(params)
+    models = networks.on_one_card(objective.assemble(params))
     save(stage, models, step, workdir)
     encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
     return sampler.judge(models.without_text(), encode, (stage.eval_blocks,), step, workdir)
@@ -103,4 +104,4 @@ def train_causal(stage: CausalStage, config: TrainConfig,
   objective = CausalObjective(models, stage.cache_spec, stage.teacher_forcing)
   evaluate = sample_evaluation(stage, objective, tokenizer, workdir)
   return loop.fit(objective, clips.clip_batches(stage, store, config.seed), config, workdir,
-                  evaluate=evaluate)
+                  evaluate=evaluate, about=clips.about(store))

@@ -5,6 +5,7 @@ reads latents only.
 """
 
 import dataclasses
+import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,12 @@ def open_store(stage: ClipStage, models: Models, tokenizer: Tokenizer) -> latent
       clip_encoder(models, tokenizer), stage.world, range(stage.clips), stage.store,
       frames=stage.frames, batch_size=stage.encode_batch,
       about={'vae_crc32': zlib.crc32(weights), 'blocks': stage.clip_blocks})
+
+
+def about(store: latents.LatentStore) -> dict[str, int]:
+  """What a checkpoint remembers of the clips it was trained on, and so of what encoded them."""
+  spec = json.dumps(store.spec.to_json(), sort_keys=True)
+  return {'clips_crc32': zlib.crc32(spec.encode())}
 
 
 def clip_batches(stage: ClipStage, store: source.Source, seed: int

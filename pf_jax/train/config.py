@@ -74,6 +74,7 @@ class TrainConfig:
     ema_decay: decay of the parameter average; 0 for none.
     accumulate: parts that a batch is computed in, one after the other. A step then needs the memory
       of a part, and computes the same mean gradient.
+    devices: cards of this host that share batches and state; 0 for all.
     max_skipped_in_a_row: abort after this many steps in a row that were not finite.
     optimizer: see `OptimizerConfig`.
 
@@ -89,6 +90,7 @@ class TrainConfig:
   eval_every: int = 0
   ema_decay: float = 0.999
   accumulate: int = 1
+  devices: int = 0
   max_skipped_in_a_row: int = 20
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -98,7 +100,8 @@ class TrainConfig:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.keep < 2:
       raise ValueError(f'keep={self.keep} must be at least 2 (a damaged one needs a predecessor).')
-    if self.eval_every < 0 or self.seed < 0:
-      raise ValueError(f'eval_every={self.eval_every} and seed={self.seed} must not be negative.')
+    for name in ('eval_every', 'seed', 'devices'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name}={getattr(self, name)} must not be negative.')
     if not 0 <= self.ema_decay < 1:
       raise ValueError(f'ema_decay={self.ema_decay} must lie in [0, 1).')

@@ -15,20 +15,23 @@ Source: arXiv:2603.25730 and Self-Forcing (recipe), arXiv:2405.14867 (DMD2).
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pf_jax.diffusion import flow as flow_lib
 from pf_jax.diffusion import schedule
-from pf_jax.models.bundle import VideoModels
+from pf_jax.models.bundle import ModelSpec, VideoModels
+from pf_jax.models.compressor import Compressor
 from pf_jax.models.transformer import CausalTransformer
+from pf_jax.models.vae import WanVae
 from pf_jax.rollout.block import RolloutSpec
+from pf_jax.train import lora as lora_lib
 from pf_jax.train import self_forcing
+from pf_jax.train.lora import LoraSpec
 from pf_jax.train.self_forcing import SelfForcingSpec, Window
 from pf_jax.types import Array, KeyValues, PyTree
 
@@ -40,7 +43,8 @@ class DmdSpec:
   """Choices of the stage.
 
   Attributes:
-    guidance: w of the teacher's score, cond + w (cond - uncond).
+    guidance: w of the teacher's score, cond + w (cond - uncond). Samplers of clips say g, with
+      uncond + g (cond - uncond): w = g - 1.
     generator_every: steps of the critic for one of the generator.
     shift: timestep shift of the noise levels that scores are compared at.
     lowest, highest: timesteps that levels are clamped to.
@@ -104,25 +108,28 @@ def generator_loss(x: Array, own: Array, fake: Array, real: Array) -> Array:
   return 0.5 * jnp.sum(weight * (x - wanted)**2) / jnp.sum(weight)
 
 
-class Teacher(NamedTuple):
-  """What rollouts are judged by; frozen.
+class Frozen(NamedTuple):
+  """Networks that do not move: inputs of the compiled step, or they would be its constants.
 
   Attributes:
-    transformer: bidirectional.
+    teacher: bidirectional; what rollouts are judged by.
     empty: text rows [1, rows, D] of the unconditional prompt.
+    student: what the generator's adapters belong to; None if all weights are trained. Those of the
+      critic belong to the teacher.
   """
 
-  transformer: CausalTransformer
+  teacher: CausalTransformer
   empty: Array
+  student: CausalTransformer | None = None
 
 
-def teacher_x0(frozen: Teacher, x_t: Array, sigma: Array, rows: Array, guidance: float) -> Array:
+def teacher_x0(frozen: Frozen, x_t: Array, sigma: Array, rows: Array, guidance: float) -> Array:
   """The teacher's guided prediction of x0; `rows` [B, rows, D] are the prompts'."""
-  teacher = frozen.transformer
+  teacher = frozen.teacher
   flow = predict(teacher, x_t, sigma, teacher.text_keys_values(rows))
   if guidance:
-    empty = jnp.broadcast_to(frozen.empty, rows.shape)
-    flow += guidance * (flow - predict(teacher, x_t, sigma, teacher.text_keys_values(empty)))
+    empty = teacher.text_keys_values(jnp.broadcast_to(frozen.empty, rows.shape))
+    flow = flow + guidance * (flow - predict(teacher, x_t, sigma, empty))
   return flow_lib.predict_x0(x_t, flow, sigma)
 
 
@@ -131,42 +138,65 @@ class DmdBatch(NamedTuple):
 
   Attributes:
     rows: text rows [B, rows, D].
-    window: of the student's rollout; None before `generate`, like the teacher.
-    teacher: an input of the compiled step, or it would be one of its constants.
+    keys: [B] typed random keys, of each rollout's noise.
+    window: of the student's rollout; None before `generate`, like `frozen`.
+    frozen: the networks that do not move.
   """
 
   rows: Array
+  keys: Array
   window: Window | None = None
-  teacher: Teacher | None = None
+  frozen: Frozen | None = None
+
+
+class Lora(NamedTuple):
+  """Adapters of the two players' transformers; rank 0 trains all weights."""
+
+  generator: LoraSpec = LoraSpec()
+  critic: LoraSpec = LoraSpec()
 
 
 class DmdObjective:
   """`fit`'s view of the stage: the generator (transformer, compressor) and its critic.
 
   Args:
-    models: the student to start from, without its text encoder: rows are encoded beforehand.
-    teacher: the critic starts from it.
+    spec: sizes of the student.
+    vae: decodes rollouts; frozen.
+    start: gives transformer and compressor of the student, and the critic's transformer. Called
+      once; what it returns is not kept here.
+    frozen: networks that do not move.
     rollout: the sampler's cache and passes.
     self_forcing: choices of the rollout.
-    spec: choices of the stage.
-    seed: of the rollouts' lengths, exits and noise.
+    dmd: choices of the stage.
+    seed: of the rollouts' lengths and exits, and of adapters.
+    lora: adapters.
   """
 
   averaged = (GENERATOR,)
 
-  def __init__(self, models: VideoModels, teacher: Teacher, rollout: RolloutSpec,
-               self_forcing: SelfForcingSpec, spec: DmdSpec, seed: int):
-    self._models, self._teacher = models, teacher
+  def __init__(self, spec: ModelSpec, vae: WanVae,
+               start: Callable[[], tuple[CausalTransformer, Compressor, CausalTransformer]],
+               frozen: Frozen, rollout: RolloutSpec, self_forcing: SelfForcingSpec, dmd: DmdSpec,
+               seed: int, lora: Lora | None = None):
+    self._model, self._vae, self._start, self._frozen = spec, vae, start, frozen
     self._rollout = dataclasses.replace(rollout, cache=self_forcing.cache(rollout.cache))
-    self._self_forcing, self._spec, self._seed = self_forcing, spec, seed
-    self.players = {GENERATOR: spec.generator_every, CRITIC: 1}
+    self._self_forcing, self._spec, self._seed = self_forcing, dmd, seed
+    self._lora = lora or Lora()
+    self.players = {GENERATOR: dmd.generator_every, CRITIC: 1}
 
   def init(self, seed: int) -> dict[str, Any]:
-    """The trained parts; `seed` is unused, the models come trained."""
-    del seed
-    return {GENERATOR: {'transformer': self._models.transformer,
-                        'compressor': self._models.compressor},
-            CRITIC: {'transformer': self._teacher.transformer}}
+    """The trained parts: whole networks, or adapters of them; the networks come trained."""
+    transformer, compressor, critic = self._start()
+    return {GENERATOR: {'transformer': self._trained(transformer, self._lora.generator, seed),
+                        'compressor': compressor},
+            CRITIC: {'transformer': self._trained(critic, self._lora.critic, seed + 1)}}
+
+  def place(self, put: Callable[[PyTree], PyTree]) -> None:
+    """Moves the networks that do not move by themselves."""
+    self._frozen, self._vae = put(self._frozen), put(self._vae)
+
+  def _trained(self, transformer: CausalTransformer, spec: LoraSpec, seed: int) -> PyTree:
+    return lora_lib.init(transformer, spec, seed) if spec.rank else transformer
 
   def param_groups(self, params: PyTree) -> PyTree:
     """Gradient norms are reported for generator, compressor and critic."""
@@ -175,9 +205,21 @@ class DmdObjective:
     return {player: {part: jax.tree.map(lambda _, label=names[player, part]: label, module)
                      for part, module in parts.items()} for player, parts in params.items()}
 
-  def assemble(self, generator: dict[str, nnx.Module]) -> VideoModels:
-    """The student's networks."""
-    return self._models.replaced(**generator)
+  def student(self, generator: dict[str, PyTree], frozen: Frozen | None = None, *,
+              merge: bool = True) -> VideoModels:
+    """The student's networks.
+
+    Args:
+      generator: its trained parts.
+      frozen: where adapters find their base; default: what the objective was made with.
+      merge: adds adapters to the weights, for sampling; losses compute beside them.
+    """
+    base = (frozen or self._frozen).student
+    transformer = _adapted(base, generator['transformer'], self._lora.generator, merge)
+    return VideoModels(self._model, self._vae, transformer, generator['compressor'])
+
+  def _critic(self, params: PyTree, frozen: Frozen) -> CausalTransformer:
+    return _adapted(frozen.teacher, params[CRITIC]['transformer'], self._lora.critic, merge=False)
 
   def plan(self, step: int) -> tuple[int, int]:
     """Warm-up blocks and exit pass of a step's rollout, both uniform; shared by all its blocks."""
@@ -187,45 +229,42 @@ class DmdObjective:
 
   def generate(self, params: PyTree, batch: DmdBatch, step: int) -> DmdBatch:
     """The student rolls out its prompts."""
-    models = self.assemble(params[GENERATOR])
-    # Not the step's own key, which the losses split.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), 1), step)
+    models = self.student(params[GENERATOR])
     warmup, exit_step = self.plan(step)
     window = self_forcing.generate(
-        models, self_forcing.text_keys_values(models, batch.rows),
-        jax.random.split(key, len(batch.rows)), warmup=warmup, exit_step=exit_step,
-        rollout=self._rollout, spec=self._self_forcing)
-    return batch._replace(window=window, teacher=self._teacher)
+        models, self_forcing.text_keys_values(models, batch.rows), batch.keys, warmup=warmup,
+        exit_step=exit_step, rollout=self._rollout, spec=self._self_forcing)
+    return batch._replace(window=window, frozen=self._frozen)
 
   def loss(self, params: PyTree, batch: DmdBatch, key: Array,
            moving: Collection[str] = (GENERATOR, CRITIC)) -> tuple[Array, dict[str, Array]]:
     """The losses of the parts that move; neither has a gradient in the other's parameters."""
     assert batch.window is not None, 'comes from `generate`'
-    assert batch.teacher is not None
+    assert batch.frozen is not None
     generator_key, critic_key = jax.random.split(key)
     loss, metrics = jnp.zeros(()), {}
     if GENERATOR in moving:
-      value, about = self._generator_loss(params, batch.rows, batch.window, batch.teacher,
+      value, about = self._generator_loss(params, batch.rows, batch.window, batch.frozen,
                                           generator_key)
       loss, metrics = loss + value, about
     clip, _ = self_forcing.clips_of(batch.window.blocks.latents, batch.window)
-    metrics['critic'] = self._critic_loss(params[CRITIC]['transformer'], clip, batch.rows,
+    metrics['critic'] = self._critic_loss(self._critic(params, batch.frozen), clip, batch.rows,
                                           critic_key)
     return loss + metrics['critic'], metrics
 
-  def _generator_loss(self, params: PyTree, rows: Array, window: Window, teacher: Teacher,
+  def _generator_loss(self, params: PyTree, rows: Array, window: Window, frozen: Frozen,
                       key: Array) -> tuple[Array, dict[str, Array]]:
-    models = self.assemble(params[GENERATOR])
+    models = self.student(params[GENERATOR], frozen, merge=False)
     text = models.transformer.text_keys_values(rows)
     x0 = self_forcing.replay(models, text, window, rollout=self._rollout)
     clip, own = self_forcing.clips_of(x0, window)
-    fixed, critic = jax.lax.stop_gradient((clip, params[CRITIC]['transformer']))
+    fixed, critic = jax.lax.stop_gradient((clip, self._critic(params, frozen)))
     level_key, noise_key = jax.random.split(key)
     sigma = draw_levels(level_key, len(clip), self._spec)
     x_t = flow_lib.add_noise(fixed, jax.random.normal(noise_key, clip.shape), sigma)
     fake = flow_lib.predict_x0(
         x_t, predict(critic, x_t, sigma, critic.text_keys_values(rows)), sigma)
-    real = teacher_x0(teacher, x_t, sigma, rows, self._spec.guidance)
+    real = teacher_x0(frozen, x_t, sigma, rows, self._spec.guidance)
     metrics = {'fake_minus_real': jnp.sqrt(jnp.mean((fake - real)**2)),
                'student_minus_real': jnp.sqrt(jnp.mean((fixed - real)**2))}
     return generator_loss(clip, own, fake, real), metrics
@@ -237,3 +276,12 @@ class DmdObjective:
     flow = predict(critic, flow_lib.add_noise(clip, noise, sigma), sigma,
                    critic.text_keys_values(rows))
     return jnp.mean((flow - flow_lib.flow_target(clip, noise))**2)
+
+
+def _adapted(base: CausalTransformer | None, trained: PyTree, spec: LoraSpec, merge: bool
+             ) -> CausalTransformer:
+  """A transformer from its trained part: itself, or adapters of a frozen one."""
+  if not spec.rank:
+    return trained
+  assert base is not None, 'adapters need the network that they belong to'
+  return (lora_lib.merge if merge else lora_lib.attach)(base, trained, spec)

@@ -1,31 +1,33 @@
 """Stage "dmd": distils the causal student on its own rollouts, from prompts alone.
 
-Every evaluation samples one prompt of each class with the sampler's own programs, a short video
-and, if asked for, one many times as long as what is trained, and writes `samples.png`.
+Every evaluation samples a few prompts with the sampler's own programs, a short video and, if asked
+for, one many times as long as what is trained, and writes pictures and curves of them.
 """
 
 import dataclasses
+import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pf_jax import pipeline
-from pf_jax.data import digits
-from pf_jax.models.bundle import Models, ModelSpec
-from pf_jax.models.prompt_encoder import PromptEncoder
-from pf_jax.models.tokenizer import Tokenizer
+from pf_jax.data import digits, latents, source
+from pf_jax.models.bundle import ModelSpec, VideoModels
+from pf_jax.models.transformer import CausalTransformer, TransformerSpec
+from pf_jax.released import ReleasedWeights
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import checks, evaluation, loop
-from pf_jax.train.config import TrainConfig
-from pf_jax.train.dmd import DmdBatch, DmdObjective, DmdSpec, Teacher
-from pf_jax.train.ode_stage import load_teacher
+from pf_jax.train import checks, clips, evaluation, loop, networks
+from pf_jax.train.config import OptimizerConfig, TrainConfig
+from pf_jax.train.dmd import CRITIC, GENERATOR, DmdBatch, DmdObjective, DmdSpec, Frozen, Lora
+from pf_jax.train.lora import LoraSpec
+from pf_jax.train.networks import Origin, PackagedOrigin, ReleasedOrigin
 from pf_jax.train.self_forcing import SelfForcingSpec
 from pf_jax.types import PyTree
-from pf_jax.weights import package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,16 @@ class DmdStage:
   """Settings of the stage "dmd".
 
   Attributes:
-    start: model directory or workdir of the student, best that of the stage "ode".
-    teacher: model directory or workdir of the bidirectional teacher. Any size that reads the same
-      text rows and latents; the critic is as large.
+    start: model directory or workdir of the student, best that of the stage "ode". With `model`: a
+      directory of released weights.
+    teacher: the same of the bidirectional teacher. Any size that reads the same text rows and
+      latents; the critic is as large.
+    model: sizes of released weights; model directories have their own.
+    teacher_model: sizes of a released teacher's transformer; None: the student's.
+    transformer: another file for the student's transformer, with released weights.
+    compressor: a trained compressor, with released weights; None starts zero-shot.
+    frozen_dtype: precision of the teacher's weights, and of those that adapters belong to.
+    prompts: store of text rows that `launch.prepare` made; '' encodes the prompts of `world`.
     videos: rollouts a step.
     cache: fields of `CacheSpec` that are not the model's sizes; training and sampling share them,
       but for the archive's capacity.
@@ -45,8 +54,12 @@ class DmdStage:
     self_forcing: window, warm-up, context noise.
     objective: guidance, noise levels, how often the generator moves.
     critic_learning_rate: of the critic; the generator's is the optimizer's.
-    world: its prompts are rolled out.
-    eval_blocks: blocks sampled in an evaluation; the first and the last are measured.
+    lora, critic_lora: adapters of generator and critic in place of all their weights.
+    remat: computes layers again in the backward pass, which saves most of the activations.
+    negative_prompt: what the teacher's guidance leads away from.
+    world: its prompts are rolled out, and its truth measures evaluations; without `prompts` only.
+    eval_blocks: lengths that are measured; the longest is sampled, and drawn.
+    eval_videos: videos of an evaluation, with `prompts`; one of each class without.
     tokenizer: a tokenizer.json; '' for the packaged one.
 
   Raises:
@@ -55,6 +68,12 @@ class DmdStage:
 
   start: str
   teacher: str
+  model: ModelSpec | None = None
+  teacher_model: TransformerSpec | None = None
+  transformer: str | None = None
+  compressor: str | None = None
+  frozen_dtype: str = 'float32'
+  prompts: str = ''
   videos: int = 8
   cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   train_sink_blocks: int | None = None
@@ -62,17 +81,53 @@ class DmdStage:
   self_forcing: SelfForcingSpec = SelfForcingSpec()
   objective: DmdSpec = DmdSpec()
   critic_learning_rate: float = 1e-6
+  lora: LoraSpec = LoraSpec()
+  critic_lora: LoraSpec = LoraSpec()
+  remat: bool = False
+  negative_prompt: str = ''
   world: digits.DigitsWorld = digits.DigitsWorld()
   eval_blocks: tuple[int, ...] = (6,)
+  eval_videos: int = 2
   tokenizer: str = ''
 
   def __post_init__(self):
-    if self.videos < 1:
-      raise ValueError(f'videos={self.videos} must be at least 1.')
-    if not 0 < self.critic_learning_rate < float('inf'):
-      raise ValueError(f'critic_learning_rate={self.critic_learning_rate} must be positive.')
+    for name in ('videos', 'eval_videos'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if not 0 <= self.critic_learning_rate < float('inf'):
+      raise ValueError(f'critic_learning_rate={self.critic_learning_rate} must not be negative.')
     if not self.eval_blocks or min(self.eval_blocks) < 1:
       raise ValueError(f'eval_blocks={self.eval_blocks} must name lengths of at least 1.')
+    if self.model is not None and not self.prompts:
+      raise ValueError('prompts=\'\' must name a store of text rows for released weights; make one '
+                       'with launch.prepare.')
+    if self.model is None and (self.transformer or self.compressor or self.teacher_model):
+      raise ValueError('transformer, compressor and teacher_model are for released weights; give '
+                       'their sizes as `model`, or leave them out.')
+
+  def student_origin(self) -> Origin:
+    """Where the student's networks lie.
+
+    Raises:
+      PackageError: there is no model.
+    """
+    if self.model is None:
+      return PackagedOrigin(self.start, clips.tokenizer_file(self.tokenizer))
+    return ReleasedOrigin(ReleasedWeights(self.start, self.model, transformer=self.transformer,
+                                          compressor=self.compressor))
+
+  def teacher_origin(self) -> Origin:
+    """Where the teacher's transformer lies.
+
+    Raises:
+      PackageError: there is no model.
+    """
+    if self.model is None:
+      return PackagedOrigin(self.teacher, clips.tokenizer_file(self.tokenizer))
+    transformer = self.teacher_model or self.model.transformer
+    compressor = dataclasses.replace(self.model.compressor, width=transformer.width)
+    return ReleasedOrigin(ReleasedWeights(self.teacher, dataclasses.replace(
+        self.model, transformer=transformer, compressor=compressor)))
 
   def rollout(self, model: ModelSpec, *, training: bool) -> RolloutSpec:
     """Cache and passes while training or sampling.
@@ -85,54 +140,138 @@ class DmdStage:
       choices['sink_blocks'] = self.train_sink_blocks
     return RolloutSpec(block_lib.cache_spec(model, **choices), self.sampler)
 
+  def optimizers(self, generator: OptimizerConfig) -> dict[str, OptimizerConfig]:
+    """Those of both players; they differ in their rates."""
+    critic = dataclasses.replace(generator, learning_rate=self.critic_learning_rate,
+                                 adam_learning_rate=0.0)
+    return {GENERATOR: generator, CRITIC: critic}
 
-def prompt_batches(stage: DmdStage, encode: PromptEncoder, seed: int
+
+class PromptRows:
+  """A source of text rows that are in memory: a few hundred prompts of the miniature's world."""
+
+  def __init__(self, rows: np.ndarray):
+    """Args: rows [N, rows, D]."""
+    self._rows = rows
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> source.Record:
+    return {'rows': self._rows[index]}
+
+
+def world_prompts(world: digits.DigitsWorld) -> list[str]:
+  """Every prompt there is, once."""
+  return [world.describe(0, digit=digit, direction=direction, colour=colour.name).prompt
+          for digit, direction, colour in itertools.product(
+              range(len(digits.DIGIT_NAMES)), digits.DIRECTIONS, world.colours)]
+
+
+def prompt_batches(prompts: source.Source, videos: int, seed: int
                    ) -> Callable[[int], Iterator[PyTree]]:
-  """`fit`'s batches: text rows of the prompts of a step, a function of the step alone.
+  """`fit`'s batches: text rows and noise keys of a step's rollouts, a function of the step alone.
 
-  A prompt is encoded when it is drawn for the first time; its rows are kept.
+  Args:
+    prompts: records with `rows` [rows, D].
+    videos: rollouts a step.
+    seed: of order and noise.
   """
-  count = len(digits.DIGIT_NAMES) * len(digits.DIRECTIONS) * len(stage.world.colours)
+  base = jax.random.fold_in(jax.random.key(seed), 1)  # not the key that losses draw from
 
   def batches(step: int) -> Iterator[PyTree]:
-    while True:
-      draw = np.random.default_rng((seed, step)).integers(20 * count, size=stage.videos)
-      yield DmdBatch(jnp.asarray(encode([stage.world.describe(int(i), seed).prompt
-                                         for i in draw])))
+    for record in source.batches(prompts, videos, start_step=step, shuffle_seed=seed):
+      keys = jax.random.split(jax.random.fold_in(base, step), videos)
+      yield DmdBatch(jnp.asarray(record['rows'], jnp.float32), keys)
       step += 1
 
   return batches
 
 
-def sample_evaluation(stage: DmdStage, objective: DmdObjective, models: Models,
-                      encode: PromptEncoder, workdir: str | os.PathLike
+def open_prompts(stage: DmdStage, origin: Origin) -> source.Source:
+  """The text rows to roll out.
+
+  Raises:
+    StoreError: there is no usable store.
+  """
+  if not stage.prompts:
+    return PromptRows(origin.text_rows(world_prompts(stage.world)))
+  text = origin.spec.text
+  return latents.LatentStore(stage.prompts, expect={'rows': (text.max_tokens, text.width)})
+
+
+def load_teacher(stage: DmdStage, origin: Origin) -> CausalTransformer:
+  """The teacher in full precision.
+
+  Raises:
+    PackageError: it reads or draws something else than the student.
+  """
+  teacher = stage.teacher_origin()
+  if isinstance(origin, PackagedOrigin) and isinstance(teacher, PackagedOrigin):
+    networks.check_teacher(origin.models(), teacher, stage.self_forcing.window_blocks)
+  return teacher.transformer()  # released networks have one VAE and one text encoder
+
+
+def make_objective(stage: DmdStage, origin: Origin, seed: int) -> DmdObjective:
+  """The objective; what does not move is loaded, what is trained is loaded by `init`.
+
+  Raises:
+    PackageError: there is no usable teacher.
+    ValueError: choices that do not fit the student.
+  """
+  rollout = stage.rollout(origin.spec, training=True)
+  teacher = networks.cast(load_teacher(stage, origin), stage.frozen_dtype)
+  empty = jnp.asarray(origin.text_rows([stage.negative_prompt]))
+  base = None
+  if stage.lora.rank:
+    base = networks.cast(networks.with_remat(origin.transformer(), stage.remat), stage.frozen_dtype)
+
+  def start():
+    return (networks.with_remat(origin.transformer(), stage.remat), origin.compressor(),
+            networks.with_remat(load_teacher(stage, origin), stage.remat))
+
+  return DmdObjective(origin.spec, origin.vae(), start, Frozen(teacher, empty, base), rollout,
+                      stage.self_forcing, stage.objective, seed,
+                      Lora(stage.lora, stage.critic_lora))
+
+
+def sample_evaluation(stage: DmdStage, objective: DmdObjective, origin: Origin,
+                      prompts: source.Source, workdir: str | os.PathLike
                       ) -> Callable[[PyTree, int], dict[str, float]]:
-  """Samples one prompt per class at every length and judges; saves the model it judged.
+  """Samples every length and judges; saves the model it judged.
 
   Args:
     stage: settings.
     objective: puts the student together.
-    models: the student's networks, for its text encoder.
-    encode: of the prompts.
-    workdir: receives `model/` and `samples.png`.
+    origin: of the student, for what is not trained.
+    prompts: of the training, the first of which are sampled unless they are the world's.
+    workdir: receives `model/`, pictures and curves.
 
   Returns:
     (averaged parts, step) -> metrics.
   """
-  sampler = evaluation.Sampler(stage.world, stage.rollout(models.spec, training=False))
+  if stage.prompts:
+    count = min(stage.eval_videos, len(prompts))
+    texts, world = [prompts.prompt(i) for i in range(count)], None
+    rows = np.stack([np.asarray(prompts[i]['rows'], np.float32) for i in range(count)])
+  else:
+    texts, world = evaluation.prompts(stage.world), stage.world
+    rows = origin.text_rows(texts)
+  sampler = evaluation.Sampler(world, stage.rollout(origin.spec, training=False), texts=texts,
+                               clip_blocks=stage.self_forcing.window_blocks)
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    student = objective.assemble(params['generator'])
-    save(stage, models.replaced(transformer=student.transformer, compressor=student.compressor),
-         step, workdir)
-    return sampler.judge(student, encode, stage.eval_blocks, step, workdir)
+    student = networks.on_one_card(objective.student(params[GENERATOR]))
+    save(stage, origin, student, step, workdir)
+    return sampler.judge(student, lambda _: rows, stage.eval_blocks, step, workdir)
 
   return evaluate
 
 
-def save(stage: DmdStage, models: Models, step: int, workdir: str | os.PathLike) -> None:
+def save(stage: DmdStage, origin: Origin, student: VideoModels, step: int,
+         workdir: str | os.PathLike) -> None:
   """Writes `WORKDIR/model`, which `launch.sample --checkpoint=WORKDIR` finds."""
-  package.save_model(f'{workdir}/model', models, choices={
+  origin.save(pathlib.Path(workdir, 'model'), student, choices={
       'cache': dict(stage.cache), 'sampler': dataclasses.asdict(stage.sampler),
   }, about={'stage': 'dmd', 'step': step})
 
@@ -141,23 +280,15 @@ def train_dmd(stage: DmdStage, config: TrainConfig, workdir: str | os.PathLike) 
   """Trains the student's transformer and compressor, and the critic; see `fit`.
 
   Raises:
-    PackageError: there is no usable student or teacher, or their text encoders differ.
+    PackageError: there is no usable student or teacher, or they do not belong together.
     ValueError: choices that do not fit the student.
   """
-  models = package.load_model(pipeline.find_model(stage.start)).models
-  checks.check_world(stage.world, models.spec)
-  tokenizer = Tokenizer.from_file(
-      stage.tokenizer or package.ROOT / 'digits' / package.TOKENIZER_FILE,
-      max_tokens=models.spec.text.max_tokens)
-  encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
-  teacher = Teacher(load_teacher(stage.teacher, models),
-                    jnp.asarray(encode([''], allow_empty=True)))
-  objective = DmdObjective(models.without_text(), teacher,
-                           stage.rollout(models.spec, training=True), stage.self_forcing,
-                           stage.objective, config.seed)
-  optimizer = dataclasses.replace(config.optimizer, group_scale={
-      **config.optimizer.group_scale,
-      'critic': stage.critic_learning_rate / config.optimizer.learning_rate})
-  evaluate = sample_evaluation(stage, objective, models, encode, workdir)
-  return loop.fit(objective, prompt_batches(stage, encode, config.seed),
-                  dataclasses.replace(config, optimizer=optimizer), workdir, evaluate=evaluate)
+  origin = stage.student_origin()
+  if not stage.prompts:
+    checks.check_world(stage.world, origin.spec)
+  prompts = open_prompts(stage, origin)
+  objective = make_objective(stage, origin, config.seed)
+  evaluate = sample_evaluation(stage, objective, origin, prompts, workdir)
+  about = {'student': origin.digests(), 'teacher': stage.teacher_origin().digests()}
+  return loop.fit(objective, prompt_batches(prompts, stage.videos, config.seed), config, workdir,
+                  evaluate=evaluate, optimizers=stage.optimizers(config.optimizer), about=about)

@@ -6,7 +6,7 @@ towards noise.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +178,10 @@ class PartsObjective:
     """The trained parts; `seed` is unused, the models come initialised."""
     del seed
     return {name: getattr(self._models, name) for name in self._trained}
+
+  def place(self, put: Callable[[PyTree], PyTree]) -> None:
+    """Moves the networks that are carried along."""
+    self._models = put(self._models)
 
   def param_groups(self, params: PyTree) -> PyTree:
     """The name of the part that each parameter belongs to."""

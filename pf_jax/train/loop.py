@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import time
@@ -10,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pf_jax import outputs
 from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.progress import Progress
-from pf_jax.train.checkpoint import Checkpoints
-from pf_jax.train.config import TrainConfig
+from pf_jax.train import sharding
+from pf_jax.train.checkpoint import CheckpointMismatch, Checkpoints
+from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.metrics import MetricWriter
 from pf_jax.train.state import (
   Objective,
@@ -91,7 +94,9 @@ class _Run:
   writer: MetricWriter
   progress: Progress
   stop: Stop
-  evaluate: Callable[[PyTree, int], Mapping[str, float]] | None
+  mesh: Mesh
+  about: Mapping[str, Any]
+  evaluate: Callable[[PyTree, int], Mapping[str, float]] | None = None
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
 
@@ -108,12 +113,14 @@ class _Run:
 
   def complete(self, batch: PyTree, step: int) -> PyTree:
     """A batch, or a part of one, with what the objective makes of it beforehand."""
+    if self.mesh.size > 1:
+      batch = sharding.place_batch(batch, self.mesh)
     if hasattr(self.objective, 'generate'):
       return self.objective.generate(self.state.params, batch, step)
     return batch
 
   def save(self, step: int) -> None:
-    self.checkpoints.save(self.state, meta={'data_position': step})
+    self.checkpoints.save(self.state, meta={'data_position': step, 'about': dict(self.about)})
 
   def log(self, step: int, window: _Window) -> None:
     self.metrics = window.fetch()
@@ -176,8 +183,9 @@ def _labels(objective: Objective, params: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: 'all', params)
 
 
-def _optimizer(objective: Objective, config: TrainConfig, params: PyTree, labels: PyTree) -> Any:
-  """One optimizer, or one for each player with a schedule over its own steps."""
+def make_run_optimizer(objective: Objective, config: TrainConfig, params: PyTree, labels: PyTree,
+                       own: Mapping[str, OptimizerConfig] | None = None) -> Any:
+  """One optimizer, or one for each player with a schedule over its own steps; see `fit`."""
   players = getattr(objective, 'players', None)
   axes = objective.muon_axes(params) if hasattr(objective, 'muon_axes') else None
   if players is None:
@@ -187,9 +195,9 @@ def _optimizer(objective: Objective, config: TrainConfig, params: PyTree, labels
     raise ValueError(f'group_scale names {unknown}; the groups here are {sorted(groups)}.')
   optimizers = {}
   for name, period in players.items():
-    own = set(jax.tree.leaves(labels[name]))
-    part = dataclasses.replace(config.optimizer, group_scale={
-        group: factor for group, factor in scale.items() if group in own})
+    mine = set(jax.tree.leaves(labels[name]))
+    part = dataclasses.replace((own or {}).get(name, config.optimizer), group_scale={
+        group: factor for group, factor in scale.items() if group in mine})
     optimizers[name] = make_optimizer(part, -(-config.steps // period), params[name], labels[name],
                                       None if axes is None else axes[name])
   return take_turns(optimizers)
@@ -198,6 +206,8 @@ def _optimizer(objective: Objective, config: TrainConfig, params: PyTree, labels
 def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config: TrainConfig,
         workdir: str | os.PathLike, *,
         evaluate: Callable[[PyTree, int], Mapping[str, float]] | None = None,
+        optimizers: Mapping[str, OptimizerConfig] | None = None,
+        about: Mapping[str, Any] | None = None,
         say: Callable[[str], None] | None = None) -> FitResult:
   """Trains to `config.steps`, resuming from the directory's newest good checkpoint.
 
@@ -211,6 +221,9 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
     config: length, logging, optimizer.
     workdir: run directory, locked while the run lasts.
     evaluate: evaluate(params, step) -> scalars, on the averaged parameters if there are any.
+    optimizers: of the objective's players; default: `config.optimizer` for each.
+    about: what the run depends on beside its configuration, JSON-able: digests of frozen weights
+      and of data. A checkpoint that was made with something else is refused.
     say: receives notices; default: the progress display.
 
   Returns:
@@ -227,7 +240,10 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
     workdir = stack.enter_context(outputs.claim_directory(workdir, say=notices))
     stop = stack.enter_context(stop_on_signal('saving, then exiting.', patient=True))
     checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.keep))
-    run = _prepare(objective, config, workdir, checkpoints, stop, stack, evaluate, notices)
+    mesh = stack.enter_context(_cards(config))
+    run = _prepare(objective, config, workdir, checkpoints, stop, stack, mesh, optimizers or {},
+                   dict(about or {}), notices)
+    run.evaluate = evaluate
     start = int(run.state.step)
     try:
       step = _train(run, batches, start)
@@ -244,17 +260,18 @@ def fit(objective: Objective, batches: Callable[[int], Iterator[PyTree]], config
 
 
 def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
-             checkpoints: Checkpoints, stop: Stop, stack: contextlib.ExitStack,
-             evaluate: Callable[[PyTree, int], Mapping[str, float]] | None,
+             checkpoints: Checkpoints, stop: Stop, stack: contextlib.ExitStack, mesh: Mesh,
+             optimizers: Mapping[str, OptimizerConfig], about: Mapping[str, Any],
              notices: Callable[[str], None]) -> _Run:
   """Builds or restores the state and opens the writers."""
-  params = objective.init(config.seed)
-  labels = _labels(objective, params)
-  optimizer = _optimizer(objective, config, params, labels)
-  state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0,
-                     averaged=getattr(objective, 'averaged', None))
+  state, optimizer, labels = initial_state(objective, config, optimizers)
+  if mesh.size > 1:
+    state = sharding.place(state, mesh)
+    if hasattr(objective, 'place'):
+      objective.place(lambda tree: sharding.place(tree, mesh))
   if (restored := checkpoints.restore(state)) is not None:
-    state = restored[0]
+    state, saved = restored
+    _check_same_run(workdir, saved.get('about', {}), about)
     notices(f'resuming {workdir} at step {int(state.step)} of {config.steps}.')
   start = int(state.step)
   writer = MetricWriter(workdir, start_step=start)
@@ -262,4 +279,43 @@ def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
   progress = Progress(config.steps, min(start, config.steps))
   stack.callback(progress.close)
   train_step = TrainStep(objective, optimizer, labels, config.ema_decay)
-  return _Run(config, objective, state, train_step, checkpoints, writer, progress, stop, evaluate)
+  return _Run(config, objective, state, train_step, checkpoints, writer, progress, stop, mesh,
+              about)
+
+
+def initial_state(objective: Objective, config: TrainConfig,
+                  optimizers: Mapping[str, OptimizerConfig] | None = None
+                  ) -> tuple[TrainState, Any, PyTree]:
+  """The state before the first step, its optimizer, and the group of each parameter."""
+  params = objective.init(config.seed)
+  labels = _labels(objective, params)
+  optimizer = make_run_optimizer(objective, config, params, labels, optimizers)
+  state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0,
+                     averaged=getattr(objective, 'averaged', None))
+  return state, optimizer, labels
+
+
+@contextlib.contextmanager
+def _cards(config: TrainConfig) -> Iterator[Mesh]:
+  """The devices of the run; programs are traced under their mesh if there are several."""
+  devices = jax.local_devices()
+  if config.devices > len(devices):
+    raise ValueError(f'devices={config.devices} are wanted, {len(devices)} are here '
+                     f'({devices[0].device_kind}); lower it, or 0 for all.')
+  mesh = sharding.mesh(devices[:config.devices or None])
+  with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    yield mesh
+
+
+def _check_same_run(workdir: pathlib.Path, saved: Mapping[str, Any], about: Mapping[str, Any]
+                    ) -> None:
+  """Refuses a checkpoint that was trained beside other weights or data.
+
+  Raises:
+    CheckpointMismatch: names what differs.
+  """
+  wanted = json.loads(json.dumps(about))
+  if differing := sorted(name for name in saved if saved[name] != wanted.get(name)):
+    lines = [f'{name}: {saved[name]} then, {wanted.get(name)} now' for name in differing]
+    raise CheckpointMismatch(f'{workdir} was trained with other files:\n  ' + '\n  '.join(lines)
+                             + '\nGive it these again, or another workdir.')

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pf_jax import outputs, pipeline
 from pf_jax.data import latents
@@ -23,7 +22,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.rollout.bidirectional import ClipSamplerSpec
-from pf_jax.train import causal_stage, clips, loop, ode
+from pf_jax.train import causal_stage, clips, loop, networks, ode
 from pf_jax.train.causal_stage import CausalStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import CausalObjective
@@ -60,25 +59,15 @@ class OdeStage(CausalStage):
     ode.snapshot_steps(self.trajectory, self.sampler)
 
 
-def _same(a: nnx.Module, b: nnx.Module) -> bool:
-  same = jax.tree.map(lambda x, y: x.shape == y.shape and bool(jnp.all(x == y)), a, b)
-  return jax.tree.all(same)
-
-
-def load_teacher(path: str, models: Models) -> CausalTransformer:
+def load_teacher(stage: OdeStage, models: Models) -> CausalTransformer:
   """The transformer of a teacher that reads and draws what a student does.
 
   Raises:
-    PackageError: there is no model, or one with another text encoder or VAE.
+    PackageError: there is no model, or one that does not belong to the student.
   """
-  teacher = package.load_model(pipeline.find_model(path)).models
-  for name, remedy in (('text', 'train it with the text encoder frozen (group_scale.text=0)'),
-                       ('vae', 'train both on one VAE')):
-    if (getattr(teacher.spec, name) != getattr(models.spec, name)
-        or not _same(getattr(teacher, name), getattr(models, name))):
-      raise package.PackageError(f'the teacher {path} has other weights of the part {name!r} than '
-                                 f'the student; {remedy}.')
-  return teacher.transformer
+  teacher = networks.PackagedOrigin(stage.teacher, clips.tokenizer_file(stage.tokenizer))
+  networks.check_teacher(models, teacher, stage.clip_blocks)
+  return teacher.transformer()
 
 
 class TrajectoryMaker:
@@ -149,7 +138,7 @@ def open_trajectories(stage: OdeStage, models: Models, tokenizer: Tokenizer, see
       'blocks': stage.clip_blocks, 'sampler': dataclasses.asdict(stage.trajectory),
       'student_steps': stage.sampler.steps, 'shift': stage.sampler.shift,
       'world': dataclasses.asdict(stage.world), 'seed': seed}))
-  teacher = load_teacher(stage.teacher, models)
+  teacher = load_teacher(stage, models)
   return latents.write_store(TrajectoryMaker(stage, models, teacher, tokenizer, seed),
                              range(stage.clips), stage.store, facts=facts,
                              clips_per_shard=stage.clips_per_shard)
@@ -168,4 +157,4 @@ def train_ode(stage: OdeStage, config: TrainConfig, workdir: str | os.PathLike) 
                               sigmas=stage.sampler.sigmas[:-1].tolist())
   evaluate = causal_stage.sample_evaluation(stage, objective, tokenizer, workdir)
   return loop.fit(objective, clips.clip_batches(stage, store, config.seed), config, workdir,
-                  evaluate=evaluate)
+                  evaluate=evaluate, about=clips.about(store))

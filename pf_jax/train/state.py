@@ -28,6 +28,8 @@ class Objective(Protocol):
       in every n-th step, with an optimizer of its own. `loss` then takes `moving`, the parts that
       move in this step; the gradient is taken in these alone.
     averaged: parts of `params` that have a moving average; all without it.
+    place(put): replaces the arrays that the objective itself holds by put(arrays), for several
+      cards.
     generate(params, batch, step) -> batch: makes the batch of a step, or of a part of it, with the
       networks as they are, before the compiled step and outside of it. A function of its arguments
       alone.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pf_jax.train import sharding
 from pf_jax.train.state import Objective, TrainState
 
 Array = jax.Array
@@ -76,9 +77,9 @@ class TrainStep:
                ema_decay: float):
     self._objective, self._optimizer = objective, optimizer
     self._labels, self._ema_decay = labels, ema_decay
-    static = dict(static_argnames='moving')
-    self.whole = jax.jit(self._whole, donate_argnums=0, **static)
-    self._add = jax.jit(self._add_part, donate_argnums=0, **static)
+    self._metrics: dict[frozenset[str] | None, tuple[str, ...]] = {}  # names, by who moves
+    self.whole = jax.jit(self._whole, donate_argnums=0, static_argnames='moving')
+    self._add = jax.jit(self._add_part, donate_argnums=0, static_argnames='moving')
     self._apply = jax.jit(self._apply_sums, donate_argnums=0,
                           static_argnames=('moving', 'parts'))
 
@@ -127,10 +128,12 @@ class TrainStep:
     return self._update(state, jax.tree.map(lambda x: x / parts, sums), moving)
 
   def _zeros(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None) -> Sums:
-    # Only scalars need their shapes traced; gradients lie where their parameters lie.
-    shapes = jax.eval_shape(lambda *given: self._loss(*given, moving)[1], state.params, batch,
-                            state.rng)
-    zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}
+    if moving not in self._metrics:
+      shapes = jax.eval_shape(lambda params, batch, key: self._loss(params, batch, key, moving)[1],
+                              state.params, batch, state.rng)
+      self._metrics[moving] = tuple(shapes)
+    zeros = {name: jnp.zeros((), jnp.float32) for name in self._metrics[moving]}
+    # Gradients lie where their parameters lie.
     return Sums(jnp.zeros((), jnp.float32), zeros,
                 jax.tree.map(jnp.zeros_like, _part(state.params, moving)))
 
@@ -150,7 +153,7 @@ class TrainStep:
     (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
         _part(state.params, moving))
     return Sums(value, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()},
-                gradients)
+                sharding.constrain(gradients))
 
   def _update(self, state: TrainState, sums: Sums, moving: frozenset[str] | None
               ) -> tuple[TrainState, dict[str, Array]]:
@@ -162,9 +165,9 @@ class TrainStep:
     updates, opt_state = self._optimizer.update(sums.gradients, state.opt_state, old, **turn)
     params = _replaced(state.params, optax.apply_updates(old, updates), moving)
     ema = _average_of(state, params, self._ema_decay, moving)
-    params, opt_state, ema = jax.tree.map(
+    params, opt_state, ema = sharding.constrain(jax.tree.map(
         lambda new, kept: jnp.where(finite, new, kept), (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema))
+        (state.params, state.opt_state, state.ema)))
     skip = (~finite).astype(jnp.int32)
     new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema,
                            rng=state.rng, skipped=state.skipped + skip,

@@ -18,7 +18,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout.bidirectional import ClipSamplerSpec, sample_clip
 from pf_jax.rollout.rollout import to_frames
-from pf_jax.train import clips, evaluation, loop
+from pf_jax.train import clips, evaluation, loop, networks
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher import TeacherObjective, TeacherSpec
@@ -65,8 +65,8 @@ def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenize
   keys_values = jax.jit(lambda models, rows: models.transformer.text_keys_values(rows))
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    models = objective.assemble(params)
-    save(models, step, workdir)
+    models = networks.on_one_card(objective.assemble(params))
+    save(models, stage.clip_blocks, step, workdir)
     encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
     text, negative = (keys_values(models, jnp.asarray(encode(texts, allow_empty=True)))
                       for texts in (prompts, ['']))
@@ -77,10 +77,10 @@ def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenize
   return evaluate
 
 
-def save(models: Models, step: int, workdir: str | os.PathLike) -> None:
+def save(models: Models, blocks: int, step: int, workdir: str | os.PathLike) -> None:
   """Writes `WORKDIR/model`, which the stages that distil find."""
   package.save_model(pathlib.Path(workdir) / 'model', models,
-                     about={'stage': 'teacher', 'step': step})
+                     about={'stage': 'teacher', 'step': step, 'clip_blocks': blocks})
 
 
 def train_teacher(stage: TeacherStage, config: TrainConfig, workdir: str | os.PathLike
@@ -97,4 +97,4 @@ def train_teacher(stage: TeacherStage, config: TrainConfig, workdir: str | os.Pa
   objective = TeacherObjective(models, empty, stage.objective)
   evaluate = sample_evaluation(stage, objective, tokenizer, workdir)
   return loop.fit(objective, clips.clip_batches(stage, store, config.seed), config, workdir,
-                  evaluate=evaluate)
+                  evaluate=evaluate, about=clips.about(store))

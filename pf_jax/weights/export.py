@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from pf_jax import outputs
-from pf_jax.models.bundle import Models
+from pf_jax.models.bundle import Models, VideoModels
 from pf_jax.models.text import TextSpec
 from pf_jax.models.transformer import EPS, TransformerSpec
 from pf_jax.models.vae import VaeSpec
@@ -47,6 +47,7 @@ _DIFFUSERS_VERSION = '0.35.0'  # the first whose Wan classes have every field wr
 _TOKENIZER = 'PreTrainedTokenizerFast'
 COMPRESSOR = pathlib.PurePath('compressor', 'compressor.safetensors')
 _INDEX_FILE = 'model_index.json'
+_ABOUT_FILE = 'about.json'
 _INDEX = {
     '_class_name': 'WanPipeline', '_diffusers_version': _DIFFUSERS_VERSION,
     'scheduler': ['diffusers', 'UniPCMultistepScheduler'],
@@ -196,6 +197,40 @@ def export_diffusers(models: Models, tokenizer: str | os.PathLike, output: str |
   return pathlib.Path(output)
 
 
+def export_trained(models: VideoModels, output: str | os.PathLike, *,
+                   choices: Mapping[str, Any] | None = None,
+                   about: Mapping[str, Any] | None = None) -> pathlib.Path:
+  """Writes transformer and compressor alone: what a training on released weights changes.
+
+  `launch.sample --weights=... --transformer=OUTPUT --compressor=OUTPUT/compressor/...` reads them.
+  `output` is what it was or the whole export, see `outputs.atomic_directory`.
+
+  Args:
+    models: the networks.
+    output: directory; an earlier one of this kind is replaced.
+    choices: how the model is meant to be sampled, see `package.Package`.
+    about: recipe and measurements.
+
+  Raises:
+    NotWritable: the directory holds something else.
+    DirectoryInUse: another process is writing it.
+  """
+  own = {'transformer', COMPRESSOR.parts[0], _ABOUT_FILE}
+
+  def check(root: pathlib.Path) -> None:
+    if strange := sorted(set(os.listdir(root)) - own):
+      raise outputs.NotWritable(f'{root} holds {", ".join(strange[:_SHOWN])}; wanted a new '
+                                'directory, or an earlier result of training.')
+
+  with outputs.atomic_directory(output, check) as root:
+    folder, file = _PLACES['transformer']
+    transformer = models.transformer
+    _write_network(root / folder / file, transformer, transformer_config(transformer.spec))
+    _write_compressor(root, models, choices or {})
+    outputs.write_json(root / _ABOUT_FILE, dict(about or {}))
+  return pathlib.Path(output)
+
+
 def _check_space(root: pathlib.Path, values: int, output: str | os.PathLike) -> None:
   needed, free = values + _SMALL_BYTES, shutil.disk_usage(root).free
   if free < needed:
@@ -241,7 +276,7 @@ def _write_network(path: pathlib.Path, module: Any, config: dict[str, Any]) -> N
   outputs.write_json(path.parent / 'config.json', config)
 
 
-def _write_compressor(root: pathlib.Path, models: Models, choices: Mapping[str, Any]) -> None:
+def _write_compressor(root: pathlib.Path, models: VideoModels, choices: Mapping[str, Any]) -> None:
   from safetensors.numpy import save
 
   spec = models.spec

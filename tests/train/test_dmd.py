@@ -16,7 +16,7 @@ from pf_jax.train.dmd import (
   DmdBatch,
   DmdObjective,
   DmdSpec,
-  Teacher,
+  Frozen,
   direction,
   generator_loss,
 )
@@ -105,7 +105,9 @@ def objective(**choices):
   teacher = jax.tree.map(lambda x: x * 1.1, MODELS.transformer)
   text = MODELS.spec.text
   empty = jnp.zeros((1, text.max_tokens, text.width))
-  return DmdObjective(MODELS, Teacher(teacher, empty), ROLLOUT, FORCING, DmdSpec(**choices), seed=5)
+  return DmdObjective(
+      MODELS.spec, MODELS.vae, lambda: (MODELS.transformer, MODELS.compressor, teacher),
+      Frozen(teacher, empty), ROLLOUT, FORCING, DmdSpec(**choices), seed=5)
 
 
 @functools.cache
@@ -114,7 +116,8 @@ def batch():
   rows = np.random.default_rng(0).standard_normal((2, text.max_tokens, text.width))
   made = objective()
   with_warmup = next(step for step in range(9) if made.plan(step)[0] == 1)
-  return made.generate(made.init(0), DmdBatch(jnp.asarray(rows, jnp.float32)), with_warmup)
+  keys = jax.random.split(jax.random.key(3), 2)
+  return made.generate(made.init(0), DmdBatch(jnp.asarray(rows, jnp.float32), keys), with_warmup)
 
 
 def norm(tree) -> float:

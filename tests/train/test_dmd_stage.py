@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 
 from pf_jax import pipeline
-from pf_jax.models.prompt_encoder import PromptEncoder
-from pf_jax.models.tokenizer import Tokenizer
-from pf_jax.pipeline import PACKAGED
 from pf_jax.rollout.block import SamplerSpec
 from pf_jax.train import dmd_stage
 from pf_jax.train.config import OptimizerConfig, TrainConfig
@@ -62,15 +59,23 @@ def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_pa
   assert loaded.spec.sampler.steps == (1000.0, 500.0)
 
 
-def test_prompts_are_functions_of_the_step(stage, models):
-  tokenizer = Tokenizer.from_file(PACKAGED / 'tokenizer.json', max_tokens=16)
-  encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
-  batches = dmd_stage.prompt_batches(stage, encode, 3)
+def test_prompts_are_functions_of_the_step():
+  rows = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)
+  batches = dmd_stage.prompt_batches(dmd_stage.PromptRows(rows), 2, seed=3)
   stream = batches(0)
-  seen = [np.asarray(next(stream).rows) for _ in range(3)]
-  np.testing.assert_array_equal(next(batches(2)).rows, seen[2])
-  assert seen[0].shape == (2, 16, 12)
-  assert np.abs(seen[0] - seen[1]).max() > 0
+  seen = [next(stream) for _ in range(5)]
+  again = next(batches(2))
+  np.testing.assert_array_equal(again.rows, seen[2].rows)
+  assert (again.keys == seen[2].keys).all()
+  assert len({str(key) for batch in seen for key in jax.random.key_data(batch.keys)}) == 10
+  # Two passes over five prompts, each of them once.
+  drawn = [int(row[0, 0]) for batch in seen for row in batch.rows]
+  assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_every_prompt_of_the_world_once():
+  prompts = dmd_stage.world_prompts(micro.WORLD)
+  assert len(set(prompts)) == len(prompts) == 10 * 2 * len(micro.WORLD.colours)
 
 
 def test_training_may_have_another_sink(stage, models):
@@ -82,7 +87,9 @@ def test_training_may_have_another_sink(stage, models):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(videos=0), 'videos=0 must be at least 1'),
-    (dict(critic_learning_rate=-1.0), r'critic_learning_rate=-1\.0 must be positive'),
+    (dict(critic_learning_rate=-1.0), r'critic_learning_rate=-1\.0 must not be negative'),
+    (dict(model=micro.spec()), 'must name a store of text rows'),
+    (dict(transformer='a.pt'), 'are for released weights'),
     (dict(eval_blocks=()), 'must name lengths')])
 def test_settings_that_cannot_be(stage, change, message):
   with pytest.raises(ValueError, match=message):

@@ -126,6 +126,12 @@ def test_a_run_keeps_the_text_encoder_and_leaves_a_model(tmp_path):
   assert np.abs(loaded.transformer.head.kernel - before.transformer.head.kernel).max() > 0
 
 
+def stage_of(teacher):
+  return OdeStage(model=micro.spec(), vae='', store='', clip_blocks=3, world=micro.WORLD,
+                  start='none', teacher=str(teacher), sampler=STUDENT, trajectory=TEACHER,
+                  cache=micro.CHOICES['cache'])
+
+
 @pytest.mark.parametrize('part', ['text', 'vae'])
 def test_a_teacher_of_another_kind_is_refused(tmp_path, part):
   other = jax.tree.map(lambda x: x + 1, getattr(models(), part))
@@ -133,5 +139,12 @@ def test_a_teacher_of_another_kind_is_refused(tmp_path, part):
   student = package.load_model(tmp_path / 'student').models  # values as they are stored
   package.save_model(tmp_path / 'teacher', student.replaced(**{part: other}))
   with pytest.raises(package.PackageError, match=f"other weights of the part '{part}' than the st"):
-    ode_stage.load_teacher(str(tmp_path / 'teacher'), student)
-  ode_stage.load_teacher(str(tmp_path / 'student'), student)
+    ode_stage.load_teacher(stage_of(tmp_path / 'teacher'), student)
+  ode_stage.load_teacher(stage_of(tmp_path / 'student'), student)
+
+
+def test_a_teacher_of_other_clips_is_refused(tmp_path):
+  package.save_model(tmp_path / 'teacher', models(), about={'clip_blocks': 4})
+  with pytest.raises(package.PackageError, match='trained on clips of 4 blocks and is shown 3'):
+    ode_stage.load_teacher(stage_of(tmp_path / 'teacher'),
+                           package.load_model(tmp_path / 'teacher').models)
