@@ -1,9 +1,10 @@
-"""Compiles a function for a GPU that is not there and says how much of its memory it would take.
+"""Compiles a function for GPUs that are not there and says how much of their memory it would take.
 
 XLA's CUDA compiler needs a description of the card, not the card. It assigns every buffer, so the
 bytes are those of a run, with one exception: what cuDNN and cuBLAS choose for themselves when they
 are tuned on the card (their workspaces) is not known before. Arguments are shapes; nothing is
-allocated, and the executable cannot be run here.
+allocated, and the executable cannot be run here. Several cards of one host make a mesh: arguments
+say by their shardings how they are split over it, and bytes are those of one card.
 
 The compiler comes in two wheels of jax's own version; CUDA itself is not needed:
 
@@ -12,22 +13,18 @@ The compiler comes in two wheels of jax's own version; CUDA itself is not needed
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    AxisType,
-    SingleDeviceSharding,
-    use_abstract_mesh,
-)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from pf_jax.aot.targets import GpuTarget
 from pf_jax.types import PyTree
@@ -37,10 +34,11 @@ PLUGIN = 'jax_cuda13_plugin'
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What the compiler found out.
+  """What the compiler found out. Bytes are those of each card.
 
   Attributes:
-    target: the machine.
+    target: the card.
+    devices: how many of them.
     argument_bytes: of the arguments that the program uses.
     output_bytes: of the results, those that take over a donated argument's memory included.
     alias_bytes: of the results that do so.
@@ -51,6 +49,7 @@ class Report:
   """
 
   target: GpuTarget
+  devices: int
   argument_bytes: int
   output_bytes: int
   alias_bytes: int
@@ -61,54 +60,84 @@ class Report:
 
   @property
   def total_bytes(self) -> int:
-    """Memory of one call: arguments, results that are not aliased, scratch."""
+    """Memory of one call on each card: arguments, results that are not aliased, scratch."""
     return self.argument_bytes + self.output_bytes - self.alias_bytes + self.scratch_bytes
 
 
-def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarget, *,
-                donate: Sequence[int] = ()) -> Report:
-  """Compiles `function(*arguments)` for one card.
+def device_mesh(target: GpuTarget, devices: int) -> Mesh:
+  """Cards that programs can be compiled for and nothing else, along one axis, 'data'.
 
   Args:
-    function: anything that `jax.jit` takes.
-    arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`, e.g. from `jax.eval_shape`.
     target: the card.
+    devices: how many of them, in one host.
+
+  Raises:
+    ModuleNotFoundError: the compiler is not installed; says how to add it.
+  """
+  if importlib.util.find_spec(PLUGIN) is None:
+    raise ModuleNotFoundError(
+        f'compiling for {target.name} needs the CUDA compiler of jax {jax.__version__}; add it '
+        f'with: pip install --no-deps jax-cuda13-plugin=={jax.__version__} '
+        f'jax-cuda13-pjrt=={jax.__version__}', name=PLUGIN)
+  return _mesh(target, devices)
+
+
+@functools.cache
+def _mesh(target: GpuTarget, devices: int) -> Mesh:
+  """Made once: devices of another description of the same machine are others."""
+  topology = topologies.get_topology_desc(
+      platform='cuda', topology_name=target.name, target_config=target.text_proto(),
+      topology=f'1x1x{devices}')
+  return Mesh(np.asarray(topology.devices), ('data',))
+
+
+def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarget, *,
+                devices: int = 1, donate: Sequence[int] = (),
+                options: Mapping[str, Any] | None = None) -> Report:
+  """Compiles `function(*arguments)` for one card, or for several of one host.
+
+  Args:
+    function: anything that `jax.jit` takes; one that is jitted already may say how its results are
+      split.
+    arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`, e.g. from `jax.eval_shape`. A
+      `ShapeDtypeStruct` may have a sharding over `device_mesh(target, devices)`; whatever has none
+      lies on every card.
+    target: the card.
+    devices: how many of them.
     donate: positions of arguments whose memory the results may take over.
+    options: of XLA, by name.
 
   Returns:
     `Report`.
 
   Raises:
     ModuleNotFoundError: the compiler is not installed; says how to add it.
+    ValueError: an argument is split over another mesh.
   """
-  sharding = SingleDeviceSharding(_device(target))
-  abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      tuple(arguments))
+  mesh = device_mesh(target, devices)
+  abstract = jax.tree.map(functools.partial(_on_mesh, mesh), tuple(arguments))
   start = time.perf_counter()
-  with _as_if_on(target):
+  with _as_if_on(target, mesh):
     lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*abstract)
   traced = time.perf_counter()
   with _no_compilation_cache():
-    executable = lowered.compile()
+    executable = lowered.compile(dict(options) if options else None)
   plan: Any = executable.memory_analysis()
-  return Report(target=target, argument_bytes=plan.argument_size_in_bytes,
+  return Report(target=target, devices=devices, argument_bytes=plan.argument_size_in_bytes,
                 output_bytes=plan.output_size_in_bytes, alias_bytes=plan.alias_size_in_bytes,
                 scratch_bytes=plan.temp_size_in_bytes, trace_seconds=traced - start,
                 compile_seconds=time.perf_counter() - traced, executable=executable)
 
 
-def _device(target: GpuTarget) -> jax.Device:
-  """A device that programs can be compiled for and nothing else."""
-  if importlib.util.find_spec(PLUGIN) is None:
-    raise ModuleNotFoundError(
-        f'compiling for {target.name} needs the CUDA compiler of jax {jax.__version__}; add it '
-        f'with: pip install --no-deps jax-cuda13-plugin=={jax.__version__} '
-        f'jax-cuda13-pjrt=={jax.__version__}', name=PLUGIN)
-  topology = topologies.get_topology_desc(
-      platform='cuda', topology_name=target.name, target_config=target.text_proto(),
-      topology='1x1x1')
-  return topology.devices[0]
+def _on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
+  """The shape of an argument and where it lies; arrays of this machine lie on every card."""
+  sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+  if sharding is None:
+    sharding = NamedSharding(mesh, PartitionSpec())
+  elif not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
+    raise ValueError(f'an argument of shape {list(leaf.shape)} has sharding {sharding}, wanted one '
+                     f'over device_mesh(target, {mesh.size}), or None.')
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 @contextlib.contextmanager
@@ -126,17 +155,14 @@ def _no_compilation_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_if_on(target: GpuTarget) -> Iterator[None]:
+def _as_if_on(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
   """Kernels that are traced here choose what suits the target (see `pf_jax.kernels.platform`)."""
-  device = AbstractDevice(device_kind=target.name, num_cores=target.info.core_count,
-                          platform='cuda')
-  mesh = AbstractMesh((1,), ('device',), (AxisType.Auto,), abstract_device=device)
   # JAX asks the installed cuDNN for its version before it traces a call of it; there is none here.
   versions: Any = importlib.import_module(f'{PLUGIN}._versions')
   installed = versions.cudnn_get_version
   versions.cudnn_get_version = lambda: target.cudnn_version
   try:
-    with use_abstract_mesh(mesh):
+    with use_abstract_mesh(mesh.abstract_mesh):
       yield
   finally:
     versions.cudnn_get_version = installed

@@ -15,7 +15,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import clips, evaluation, loop, networks
+from pf_jax.train import clips, evaluation, loop, networks, plan
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import CausalObjective, TeacherForcingSpec
@@ -89,6 +89,12 @@ def save(stage: CausalStage, models: Models, step: int, workdir: str | os.PathLi
   package.save_model(pathlib.Path(workdir) / 'model', models, choices={
       'cache': dict(stage.cache), 'sampler': dataclasses.asdict(stage.sampler),
   }, about={'stage': 'causal', 'step': step})
+
+
+def sketch(stage: CausalStage, config: TrainConfig) -> plan.Sketch:
+  """The stage as shapes, for a memory plan."""
+  return clips.sketch(stage, config, lambda models: CausalObjective(
+      models, stage.cache_spec, stage.teacher_forcing))
 
 
 def train_causal(stage: CausalStage, config: TrainConfig,

@@ -9,19 +9,21 @@ import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from pf_jax import pipeline
 from pf_jax.data import digits, latents, source
 from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec, VideoModels
 from pf_jax.models.tokenizer import Tokenizer
-from pf_jax.train import checks
-from pf_jax.train.flow_matching import ClipBatch, FirstBlocks, FlowBatch
+from pf_jax.train import checks, plan
+from pf_jax.train.config import TrainConfig
+from pf_jax.train.flow_matching import ClipBatch, FirstBlocks, FlowBatch, PartsObjective
 from pf_jax.types import Array, PyTree
 from pf_jax.weights import package
 
@@ -184,6 +186,42 @@ def clip_batches(stage: ClipStage, store: source.Source, seed: int
           break
 
   return batches
+
+
+def sketch(stage: ClipStage, config: TrainConfig, make: Callable[[Models], PartsObjective], *,
+           passes: int = 0) -> plan.Sketch:
+  """A stage as shapes, in its dearest phase; reads nothing.
+
+  Args:
+    stage: settings.
+    config: of the run.
+    make: networks (shapes) -> objective.
+    passes: levels of a teacher's trajectory that clips come with.
+  """
+  nets = jax.eval_shape(lambda: Models(stage.model, rngs=nnx.Rngs(0)))
+  objective, video, text = make(nets), stage.model.video, stage.model.text
+  phase = max(stage.phases, key=lambda p: p.clips * stage.clip_blocks + p.first_blocks)
+  frames, *rest = video.block_latent_shape
+  low_frames, rows, columns = stage.model.mid_grid
+  low = (low_frames, rows * video.patch[1], columns * video.patch[2], video.latent_channels)
+
+  def shape(*sizes: int, dtype=jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  def tokens(count: int) -> tuple[Any, Any]:
+    return shape(count, text.max_tokens, dtype=jnp.int32), shape(count, text.max_tokens, dtype=bool)
+
+  def batch(mesh):
+    clips, first = (count // config.accumulate for count in (phase.clips, phase.first_blocks))
+    whole = (stage.clip_blocks * frames, *rest)
+    way = shape(clips, passes, *whole) if passes else None
+    given = FlowBatch(
+        ClipBatch(shape(clips, *whole), shape(clips, stage.clip_blocks, *low), *tokens(clips), way)
+        if clips else None,
+        FirstBlocks(shape(first, frames, *rest), *tokens(first)) if first else None)
+    return plan.by_videos(given, jax.tree.map(lambda _: 0, given), mesh)
+
+  return plan.Sketch(objective, objective.init(config.seed), {'VAE': nets.vae}, batch)
 
 
 def initial_models(stage: ClipStage, seed: int) -> Models:

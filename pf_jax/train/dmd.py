@@ -179,7 +179,7 @@ class DmdObjective:
                frozen: Frozen, rollout: RolloutSpec, self_forcing: SelfForcingSpec, dmd: DmdSpec,
                seed: int, lora: Lora | None = None):
     self._model, self._vae, self._start, self._frozen = spec, vae, start, frozen
-    self._rollout = dataclasses.replace(rollout, cache=self_forcing.cache(rollout.cache))
+    self.rollout = dataclasses.replace(rollout, cache=self_forcing.cache(rollout.cache))
     self._self_forcing, self._spec, self._seed = self_forcing, dmd, seed
     self._lora = lora or Lora()
     self.players = {GENERATOR: dmd.generator_every, CRITIC: 1}
@@ -225,7 +225,7 @@ class DmdObjective:
     """Warm-up blocks and exit pass of a step's rollout, both uniform; shared by all its blocks."""
     draw = np.random.default_rng((self._seed, step, 1))  # prompts are drawn without the 1
     return (int(draw.integers(self._self_forcing.warmup_blocks + 1)),
-            int(draw.integers(len(self._rollout.sampler.steps))))
+            int(draw.integers(len(self.rollout.sampler.steps))))
 
   def generate(self, params: PyTree, batch: DmdBatch, step: int) -> DmdBatch:
     """The student rolls out its prompts."""
@@ -233,7 +233,7 @@ class DmdObjective:
     warmup, exit_step = self.plan(step)
     window = self_forcing.generate(
         models, self_forcing.text_keys_values(models, batch.rows), batch.keys, warmup=warmup,
-        exit_step=exit_step, rollout=self._rollout, spec=self._self_forcing)
+        exit_step=exit_step, rollout=self.rollout, spec=self._self_forcing)
     return batch._replace(window=window, frozen=self._frozen)
 
   def loss(self, params: PyTree, batch: DmdBatch, key: Array,
@@ -256,7 +256,7 @@ class DmdObjective:
                       key: Array) -> tuple[Array, dict[str, Array]]:
     models = self.student(params[GENERATOR], frozen, merge=False)
     text = models.transformer.text_keys_values(rows)
-    x0 = self_forcing.replay(models, text, window, rollout=self._rollout)
+    x0 = self_forcing.replay(models, text, window, rollout=self.rollout)
     clip, own = self_forcing.clips_of(x0, window)
     fixed, critic = jax.lax.stop_gradient((clip, self._critic(params, frozen)))
     level_key, noise_key = jax.random.split(key)

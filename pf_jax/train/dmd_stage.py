@@ -5,11 +5,12 @@ for, one many times as long as what is trained, and writes pictures and curves o
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.released import ReleasedWeights
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import checks, clips, evaluation, loop, networks
+from pf_jax.train import checks, clips, evaluation, loop, networks, plan, self_forcing
 from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.dmd import CRITIC, GENERATOR, DmdBatch, DmdObjective, DmdSpec, Frozen, Lora
 from pf_jax.train.lora import LoraSpec
@@ -147,12 +148,26 @@ class DmdStage:
     return {GENERATOR: generator, CRITIC: critic}
 
 
-class PromptRows:
-  """A source of text rows that are in memory: a few hundred prompts of the miniature's world."""
+class PromptSource(source.Source, Protocol):
+  """Records with text rows `rows` [rows, D], and the prompts that they are of."""
 
-  def __init__(self, rows: np.ndarray):
-    """Args: rows [N, rows, D]."""
-    self._rows = rows
+  def prompt(self, index: int) -> str: ...
+
+
+class PromptRows:
+  """Text rows that are in memory: a few hundred prompts of the miniature's world.
+
+  Args:
+    prompts: N texts.
+    rows: [N, rows, D].
+  """
+
+  def __init__(self, prompts: Sequence[str], rows: np.ndarray):
+    self._prompts, self._rows = prompts, rows
+
+  def prompt(self, index: int) -> str:
+    """The text of a record."""
+    return self._prompts[index]
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -188,14 +203,15 @@ def prompt_batches(prompts: source.Source, videos: int, seed: int
   return batches
 
 
-def open_prompts(stage: DmdStage, origin: Origin) -> source.Source:
+def open_prompts(stage: DmdStage, origin: Origin) -> PromptSource:
   """The text rows to roll out.
 
   Raises:
     StoreError: there is no usable store.
   """
   if not stage.prompts:
-    return PromptRows(origin.text_rows(world_prompts(stage.world)))
+    prompts = world_prompts(stage.world)
+    return PromptRows(prompts, origin.text_rows(prompts))
   text = origin.spec.text
   return latents.LatentStore(stage.prompts, expect={'rows': (text.max_tokens, text.width)})
 
@@ -235,8 +251,63 @@ def make_objective(stage: DmdStage, origin: Origin, seed: int) -> DmdObjective:
                       Lora(stage.lora, stage.critic_lora))
 
 
+def sketch(stage: DmdStage, config: TrainConfig) -> plan.Sketch:
+  """The stage as shapes, for a memory plan; reads nothing but sizes.
+
+  Raises:
+    PackageError: there is no model.
+    ValueError: choices that do not fit each other.
+  """
+  spec, teacher_spec = stage.student_origin().spec, stage.teacher_origin().spec
+  nets = networks.shapes(spec)
+  student, critic = (networks.with_remat(transformer, stage.remat) for transformer in (
+      nets.transformer, networks.shapes(teacher_spec).transformer))
+  rollout, text = stage.rollout(spec, training=True), spec.text
+  lower = functools.partial(networks.cast, dtype=stage.frozen_dtype)
+
+  def rows(count: int) -> Any:
+    return jax.ShapeDtypeStruct((count, text.max_tokens, text.width), jnp.float32)
+
+  frozen = Frozen(jax.eval_shape(lower, networks.with_remat(critic, False)), rows(1),
+                  jax.eval_shape(lower, student) if stage.lora.rank else None)
+  count = max(stage.videos // config.accumulate, 1)
+
+  def objective(vae, frozen, start=None) -> DmdObjective:
+    return DmdObjective(spec, vae, lambda: start, frozen, rollout, stage.self_forcing,
+                        stage.objective, config.seed, Lora(stage.lora, stage.critic_lora))
+
+  params = jax.eval_shape(lambda *start: objective(None, None, start).init(0), student,
+                          nets.compressor, critic)
+
+  def batch(mesh):
+    given = DmdBatch(rows(count),
+                     jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)))
+    window = jax.eval_shape(
+        lambda params, vae, frozen, given: objective(vae, frozen).generate(params, given, 0).window,
+        params, nets.vae, frozen, given)
+    given = plan.by_videos(given, jax.tree.map(lambda _: 0, given), mesh)
+    return given._replace(window=plan.by_videos(window, self_forcing.window_axes(window), mesh),
+                          frozen=plan.resident(frozen, mesh))
+
+  def calls(mesh, state):
+    models = plan.resident(jax.eval_shape(
+        lambda generator, vae, frozen: objective(vae, frozen).student(generator),
+        state.params[GENERATOR], nets.vae, frozen), mesh)
+    window = plan.bytes_of(batch(mesh).window)
+    resident = () if stage.lora.rank else (0,)
+    return [plan.Call(f'rollout: {name}', function, (models, *arguments), resident, donate, window)
+            for name, function, arguments, donate in self_forcing.programs(
+                models, count, mesh, rollout=objective(None, None).rollout,
+                spec=stage.self_forcing)]
+
+  held: dict[str, PyTree] = {'teacher': frozen.teacher, 'VAE': nets.vae}
+  held |= {'weights under adapters': frozen.student} if stage.lora.rank else {}
+  return plan.Sketch(objective(nets.vae, frozen), params, held, batch, calls,
+                     stage.optimizers(config.optimizer))
+
+
 def sample_evaluation(stage: DmdStage, objective: DmdObjective, origin: Origin,
-                      prompts: source.Source, workdir: str | os.PathLike
+                      prompts: PromptSource, workdir: str | os.PathLike
                       ) -> Callable[[PyTree, int], dict[str, float]]:
   """Samples every length and judges; saves the model it judged.
 

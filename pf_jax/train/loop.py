@@ -177,7 +177,8 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
   return step
 
 
-def _labels(objective: Objective, params: PyTree) -> PyTree:
+def labels_of(objective: Objective, params: PyTree) -> PyTree:
+  """The group of each parameter."""
   if hasattr(objective, 'param_groups'):
     return objective.param_groups(params)
   return jax.tree.map(lambda leaf: 'all', params)
@@ -288,7 +289,7 @@ def initial_state(objective: Objective, config: TrainConfig,
                   ) -> tuple[TrainState, Any, PyTree]:
   """The state before the first step, its optimizer, and the group of each parameter."""
   params = objective.init(config.seed)
-  labels = _labels(objective, params)
+  labels = labels_of(objective, params)
   optimizer = make_run_optimizer(objective, config, params, labels, optimizers)
   state = init_state(params, optimizer, config.seed, ema=config.ema_decay > 0,
                      averaged=getattr(objective, 'averaged', None))

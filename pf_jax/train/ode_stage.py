@@ -22,7 +22,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.rollout.bidirectional import ClipSamplerSpec
-from pf_jax.train import causal_stage, clips, loop, networks, ode
+from pf_jax.train import causal_stage, clips, loop, networks, ode, plan
 from pf_jax.train.causal_stage import CausalStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import CausalObjective
@@ -142,6 +142,13 @@ def open_trajectories(stage: OdeStage, models: Models, tokenizer: Tokenizer, see
   return latents.write_store(TrajectoryMaker(stage, models, teacher, tokenizer, seed),
                              range(stage.clips), stage.store, facts=facts,
                              clips_per_shard=stage.clips_per_shard)
+
+
+def sketch(stage: OdeStage, config: TrainConfig) -> plan.Sketch:
+  """The stage as shapes, for a memory plan."""
+  sigmas = stage.sampler.sigmas[:-1].tolist()
+  return clips.sketch(stage, config, lambda models: CausalObjective(
+      models, stage.cache_spec, stage.teacher_forcing, sigmas=sigmas), passes=len(sigmas))
 
 
 def train_ode(stage: OdeStage, config: TrainConfig, workdir: str | os.PathLike) -> loop.FitResult:

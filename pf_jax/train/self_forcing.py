@@ -17,10 +17,12 @@ Source: Self-Forcing (exit step, stop-gradient); arXiv:2603.25730 (compressor tr
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, PackCache
@@ -31,6 +33,7 @@ from pf_jax.models.transformer import ContextFn
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
 from pf_jax.rollout.block import ExitBlock, RolloutSpec, RolloutState
+from pf_jax.train import sharding
 from pf_jax.types import Array, KeyValues, PyTree
 
 
@@ -83,6 +86,13 @@ class WindowBlock(NamedTuple):
   selected: Array
 
 
+class _Kept(NamedTuple):
+  """What is kept of one block, or of a whole window: see `Window`."""
+
+  blocks: WindowBlock
+  full: KeyValues
+
+
 class Window(NamedTuple):
   """What `replay` needs.
 
@@ -104,9 +114,31 @@ class Window(NamedTuple):
   inside: Array
 
 
+def _all(tree: PyTree, axis: int) -> PyTree:
+  return jax.tree.map(lambda _: axis, tree)
+
+
+def state_axes(state: RolloutState) -> PyTree:
+  """The axis of the videos in each array of a rollout's state, -1 for none."""
+  axes, none = _all(state, 0), _all(state.cache.blocks, -1)
+  return dataclasses.replace(axes, cache=PackCache(_all(state.cache.layers, 1), none))
+
+
+def _kept_axes(kept: _Kept) -> PyTree:
+  return _Kept(_all(kept.blocks, 1)._replace(selected=2), _all(kept.full, 1))
+
+
+def window_axes(window: Window) -> PyTree:
+  """The axis of the videos in each array of a window, -1 for none."""
+  kept, none = _kept_axes(_Kept(window.blocks, window.full)), _all(window.sigma, -1)
+  return Window(PackCache(_all(window.cache.layers, 1), none), kept.blocks, kept.full, none,
+                _all(window.boundary, 0), none)
+
+
 @functools.partial(jax.jit, static_argnames='spec')
 def _start(models: VideoModels, keys: Array, *, spec: RolloutSpec) -> RolloutState:
-  return block_lib.init(models, keys.shape[0], spec)
+  state = block_lib.init(models, keys.shape[0], spec)
+  return sharding.constrain_videos(state, state_axes(state))
 
 
 @functools.partial(jax.jit, static_argnames='spec')
@@ -145,6 +177,7 @@ def _finish(models: VideoModels, state: RolloutState, latents: Array, selected: 
   low = jax.lax.dynamic_index_in_dim(state.recent_lr, number % spec.cache.recent_blocks, axis=1,
                                      keepdims=False)
   picture = 0 if first else models.spec.video.temporal_stride - 1
+  state = sharding.constrain_videos(state, state_axes(state))
   return _Finished(state, low, cache_lib.newest_block(state.cache, spec.cache),
                    pixels[:, picture:picture + 1])
 
@@ -154,27 +187,22 @@ def _encode_picture(models: VideoModels, picture: Array) -> Array:
   return models.vae.encode_first(picture)[0]
 
 
-class _Kept(NamedTuple):
-  """Of one block, or of a whole window: see `Window`."""
-
-  blocks: WindowBlock
-  full: KeyValues
-
-
 @functools.partial(jax.jit, static_argnames='count')
 def _room(one: _Kept, *, count: int) -> _Kept:
   def zeros(x: Array, axis: int) -> Array:
     return jnp.zeros((*x.shape[:axis], count, *x.shape[axis:]), x.dtype)
 
-  return _Kept(jax.tree.map(lambda x: zeros(x, 0), one.blocks),
+  room = _Kept(jax.tree.map(lambda x: zeros(x, 0), one.blocks),
                jax.tree.map(lambda x: zeros(x, 2), one.full))
+  return sharding.constrain_videos(room, _kept_axes(room))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _keep(window: _Kept, one: _Kept, index: Array) -> _Kept:
   put = jax.lax.dynamic_update_index_in_dim
-  return _Kept(jax.tree.map(lambda x, new: put(x, new, index, 0), window.blocks, one.blocks),
-               jax.tree.map(lambda x, new: put(x, new, index, 2), window.full, one.full))
+  window = _Kept(jax.tree.map(lambda x, new: put(x, new, index, 0), window.blocks, one.blocks),
+                 jax.tree.map(lambda x, new: put(x, new, index, 2), window.full, one.full))
+  return sharding.constrain_videos(window, _kept_axes(window))
 
 
 @jax.jit
@@ -218,6 +246,39 @@ def generate(models: VideoModels, text: KeyValues, keys: Array, *, warmup: int, 
       kept = _keep(kept, one, jnp.int32(number - warmup))
   return Window(start, kept.blocks, kept.full, jnp.float32(rollout.sampler.sigmas[exit_step]),
                 boundary, jnp.asarray(warmup > 0))
+
+
+def programs(models: VideoModels, videos: int, mesh: Mesh | AbstractMesh, *, rollout: RolloutSpec,
+             spec: SelfForcingSpec
+             ) -> list[tuple[str, Callable, tuple[PyTree, ...], tuple[int, ...]]]:
+  """What `generate` runs for every block, for memory plans.
+
+  Args:
+    models: shapes.
+    videos: rolled out at once.
+    mesh: that they are split over.
+    rollout: cache and sampler.
+    spec: choices of the stage.
+
+  Returns:
+    Name, function, shapes of the arguments after `models` with shardings, and the positions (among
+    all arguments) of donated ones.
+  """
+  shapes = block_lib.input_shapes(models, videos, rollout)
+
+  def split(tree: PyTree, axes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                        tree, sharding.video_shardings(tree, axes, mesh))
+
+  state = split(shapes.state, state_axes(shapes.state))
+  text, keys = split(shapes.text, _all(shapes.text, 1)), split(shapes.keys, 0)
+  latents, selected = split(shapes.latents, 0), split(shapes.selected, 1)
+  exit_step = jax.ShapeDtypeStruct((), jnp.int32)
+  denoise = functools.partial(_denoise, spec=rollout)
+  finish = functools.partial(_finish, first=False, spec=rollout,
+                             noise=spec.context_noise)
+  return [('denoise a block', denoise, (state.cache, text, keys, exit_step), ()),
+          ('decode, compress, remember it', finish, (state, latents, selected, text, keys), (1,))]
 
 
 def replay(models: VideoModels, text: KeyValues, window: Window, *, rollout: RolloutSpec) -> Array:

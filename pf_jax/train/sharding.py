@@ -67,6 +67,14 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
   return jax.device_put(tree, state_shardings(tree, mesh))
 
 
+def place_whole(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Puts a copy on every card: right for networks of convolutions that are not trained.
+
+  XLA would gather their split weights ahead of many of them at once, and keep as many activations.
+  """
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def constrain(tree: PyTree) -> PyTree:
   """Inside a jitted function: keeps a state or gradients where `place` puts them.
 
@@ -95,3 +103,29 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
           f'batch{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}, wanted a leading axis '
           f'that {mesh.size} devices divide; change the number of videos of a batch.')
   return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def video_shardings(tree: PyTree, axes: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+  """Splits arrays along their videos.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s.
+    axes: the axis of the videos in each of them, -1 where there is none.
+    mesh: from `mesh`.
+
+  Returns:
+    A tree like `tree` of `NamedSharding`s.
+  """
+  def one(leaf: jax.Array, axis: int) -> NamedSharding:
+    del leaf
+    return NamedSharding(mesh, PartitionSpec() if axis < 0 else PartitionSpec(*[None] * axis, AXIS))
+
+  return jax.tree.map(one, tree, axes)
+
+
+def constrain_videos(tree: PyTree, axes: PyTree) -> PyTree:
+  """Inside a jitted function: keeps each video's arrays on its card; see `constrain`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, video_shardings(tree, axes, mesh))

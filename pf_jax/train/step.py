@@ -79,8 +79,8 @@ class TrainStep:
     self._labels, self._ema_decay = labels, ema_decay
     self._metrics: dict[frozenset[str] | None, tuple[str, ...]] = {}  # names, by who moves
     self.whole = jax.jit(self._whole, donate_argnums=0, static_argnames='moving')
-    self._add = jax.jit(self._add_part, donate_argnums=0, static_argnames='moving')
-    self._apply = jax.jit(self._apply_sums, donate_argnums=0,
+    self.add = jax.jit(self._add_part, donate_argnums=0, static_argnames='moving')
+    self.apply = jax.jit(self._apply_sums, donate_argnums=0,
                           static_argnames=('moving', 'parts'))
 
   def __call__(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None = None
@@ -110,13 +110,17 @@ class TrainStep:
     sums, parts = None, 0
     for batch in batches:
       sums = self._zeros(state, batch, moving) if sums is None else sums
-      sums = self._add(sums, state, batch, jnp.int32(parts), moving=moving)
+      sums = self.add(sums, state, batch, jnp.int32(parts), moving=moving)
       parts += 1
-    return self._apply(state, sums, moving=moving, parts=parts)
+    return self.apply(state, sums, moving=moving, parts=parts)
+
+  def gradients(self, state: TrainState, batch: PyTree, *, moving: frozenset[str] | None) -> Sums:
+    """Loss, metrics and gradients of one batch; not compiled."""
+    return self._gradients(state, batch, self._key(state), moving)
 
   def _whole(self, state: TrainState, batch: PyTree, moving: frozenset[str] | None = None
              ) -> tuple[TrainState, dict[str, Array]]:
-    return self._update(state, self._gradients(state, batch, self._key(state), moving), moving)
+    return self._update(state, self.gradients(state, batch, moving=moving), moving)
 
   def _add_part(self, sums: Sums, state: TrainState, batch: PyTree, part: Array,
                 moving: frozenset[str] | None) -> Sums:

@@ -18,7 +18,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout.bidirectional import ClipSamplerSpec, sample_clip
 from pf_jax.rollout.rollout import to_frames
-from pf_jax.train import clips, evaluation, loop, networks
+from pf_jax.train import clips, evaluation, loop, networks, plan
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher import TeacherObjective, TeacherSpec
@@ -81,6 +81,13 @@ def save(models: Models, blocks: int, step: int, workdir: str | os.PathLike) -> 
   """Writes `WORKDIR/model`, which the stages that distil find."""
   package.save_model(pathlib.Path(workdir) / 'model', models,
                      about={'stage': 'teacher', 'step': step, 'clip_blocks': blocks})
+
+
+def sketch(stage: TeacherStage, config: TrainConfig) -> plan.Sketch:
+  """The stage as shapes, for a memory plan."""
+  empty = clips.load_tokenizer(stage)([''], allow_empty=True)
+  return clips.sketch(stage, config,
+                      lambda models: TeacherObjective(models, empty, stage.objective))
 
 
 def train_teacher(stage: TeacherStage, config: TrainConfig, workdir: str | os.PathLike

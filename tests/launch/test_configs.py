@@ -45,7 +45,7 @@ def test_training_configs_build(path, variant):
     pytest.skip('not a training config')
   config = module_of(path).get_config(variant)
   build(TrainConfig, config.train, 'config.train')
-  stage_type, _ = stages.STAGES[config.stage]
+  stage_type = stages.STAGES[config.stage].settings
   build(stage_type, {name: config[name] for name in config if name not in ('stage', 'train')})
 
 

@@ -95,7 +95,7 @@ def run(stage, config, workdir):
   shutil.disk_usage = lambda path: usage(path)._replace(free=1000 if full(path) else 10**9)
   return loop.fit(toy.Toy(), toy.batches, config, workdir)
 
-stages.STAGES['vae'] = (Stage, run)
+stages.STAGES['vae'] = stages.Stage(Stage, run)
 runpy.run_module('launch.train', run_name='__main__', alter_sys=True)
 """
 

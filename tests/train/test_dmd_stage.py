@@ -61,7 +61,7 @@ def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_pa
 
 def test_prompts_are_functions_of_the_step():
   rows = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)
-  batches = dmd_stage.prompt_batches(dmd_stage.PromptRows(rows), 2, seed=3)
+  batches = dmd_stage.prompt_batches(dmd_stage.PromptRows('abcde', rows), 2, seed=3)
   stream = batches(0)
   seen = [next(stream) for _ in range(5)]
   again = next(batches(2))

@@ -123,7 +123,7 @@ def test_parts_differ_in_noise_and_one_bad_one_spoils_the_step():
   losses = []
   for half in halves:  # the same rows
     sums = train_step._zeros(train_state, half, None)
-    sums = train_step._add(sums, train_state, half, jnp.int32(len(losses)), moving=None)
+    sums = train_step.add(sums, train_state, half, jnp.int32(len(losses)), moving=None)
     losses.append(float(sums.loss))
   assert losses[0] != losses[1]
   before = host(train_state.params)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pf_jax.kernels.attention import cudnn, reference
+from pf_jax.kernels.attention import cudnn, partition, reference
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
 
@@ -32,6 +32,7 @@ def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None 
 
   A segment's batch may be smaller than the query's by a whole factor g: queries
   g*b .. g*b + g - 1 then share segment row b (several noisy versions of a block share a history).
+  Under a mesh of several devices (`jax.set_mesh`) each computes its own rows of the batch.
 
   Args:
     q: [B, T, N, H].
@@ -60,4 +61,4 @@ def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None 
                      f"'reference' or None.")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(IMPLEMENTATIONS)} or None.')
-  return IMPLEMENTATIONS[implementation](q, segments)
+  return partition.over_batch(IMPLEMENTATIONS[implementation], q, segments)

@@ -1,0 +1,46 @@
+"""Attention on several cards: each computes its own videos.
+
+XLA may split any axis of an operand, and with weights split over cards it does: queries along
+tokens or heads. cuDNN's call then fails to compile. Here every card is handed whole rows of the
+batch, by the mesh that the program is traced under (`jax.set_mesh`); without one nothing changes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from pf_jax.types import Array
+
+
+def over_batch(attend: Callable[[Array, Sequence], Array], q: Array, segments: Sequence) -> Array:
+  """Calls `attend(q, segments)` with the batch split over the mesh; all of it if it cannot be.
+
+  Args:
+    attend: an implementation of attention.
+    q: [B, T, N, H].
+    segments: see `pf_jax.kernels.attention.api.attend`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {name: size for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes,
+                                                  mesh.axis_types, strict=True)
+           if kind == AxisType.Auto}
+  cards, batch = math.prod(sizes.values()), q.shape[0]
+  if cards == 1:
+    return attend(q, segments)
+  spec = PartitionSpec() if batch % cards else PartitionSpec(tuple(sizes))
+  if not batch % cards:
+    segments = [_for_each_card(segment, batch, cards) for segment in segments]
+  # Nothing is exchanged, so there is nothing for shard_map to check; cuDNN's call has no rule.
+  return jax.shard_map(attend, in_specs=(spec, spec), out_specs=spec, axis_names=set(sizes),
+                       check_vma=False)(q, list(segments))
+
+
+def _for_each_card(segment, batch: int, cards: int):
+  """The segment, its rows repeated for their queries if they cannot be split over the cards."""
+  rows = segment.k.shape[0]
+  if rows % cards == 0:
+    return segment
+  return jax.tree.map(lambda x: jnp.repeat(x, batch // rows, axis=0), segment)
