@@ -34,19 +34,22 @@ def _train() -> int:
   train = build(TrainConfig, config.train, 'config.train')
 
   from pf_jax import outputs
+  from pf_jax.data.latents import StoreError
   from pf_jax.train import checkpoint, stages
   from pf_jax.train.loop import NonFiniteTraining
+  from pf_jax.weights.package import PackageError
+  from pf_jax.weights.tensors import WeightsError
 
   kind = stages.STAGES[config.stage]
   fields = {name: config[name] for name in config if name not in ('stage', 'train')}
   stage: Any = build(kind.settings, fields, 'config')
-  if _DRY_RUN.value:
-    return _plan(kind, stage, train)
   try:
+    if _DRY_RUN.value:
+      return _plan(kind, stage, train)
     result = kind.train(stage, train, flags.FLAGS.workdir)
   except (outputs.DirectoryInUse, outputs.NotWritable, checkpoint.CheckpointMismatch,
           checkpoint.CheckpointDamaged, checkpoint.CheckpointNotSaved, NonFiniteTraining,
-          OSError) as error:
+          PackageError, StoreError, WeightsError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   print(f'{"stopped" if result.interrupted else "finished"} at step {result.step}.')

@@ -134,7 +134,15 @@ def resident(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def by_videos(tree: PyTree, axes: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-  """Shapes split along their videos."""
+  """Shapes split along their videos.
+
+  Raises:
+    ValueError: the cards do not divide them.
+  """
+  for leaf, axis in zip(jax.tree.leaves(tree), jax.tree.leaves(axes), strict=True):
+    if axis >= 0 and leaf.shape[axis] % mesh.size:
+      raise ValueError(f'{leaf.shape[axis]} videos of a part do not divide over {mesh.size} cards; '
+                       'change their number or accumulate.')
   return placed(tree, sharding.video_shardings(tree, axes, mesh))
 
 

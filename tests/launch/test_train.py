@@ -141,3 +141,28 @@ def test_vae_stage_runs_and_resumes(tmp_path):
   assert other.returncode == 1
   assert 'does not fit this configuration' in other.stderr
   assert 'Traceback' not in other.stderr
+
+
+# --- dry runs -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_memory_of_one_card_and_of_several(tmp_path):
+  done = launch('--config=configs/digits/causal.py:tiny', '--dry_run', '--cards=1,2')
+  assert done.returncode == 0, done.stderr
+  titles = [line for line in done.stdout.splitlines() if line.startswith('memory of each of')]
+  assert [title.split(' (')[0] for title in titles] == [
+      'memory of each of 1 x NVIDIA H200', 'memory of each of 2 x NVIDIA H200']
+  assert done.stdout.count('trained parameters') == 2
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('arguments', 'code', 'message'), [
+    (['--config=configs/digits/dmd.py', '--config.start=/nowhere'], 1, "'/nowhere' does not exist"),
+    (['--config=configs/digits/causal.py:tiny', '--card=h2000'], 2, 'did you mean h200?'),
+    (['--config=configs/digits/causal.py:tiny', '--cards=1,x'], 2, '--cards=x must be numbers'),
+    (['--config=configs/digits/vae.py:tiny'], 2, 'VaeStage has no memory plan'),
+])
+def test_dry_runs_that_cannot_be(arguments, code, message):
+  done = launch(*arguments, '--dry_run')
+  assert (done.returncode, 'Traceback' in done.stderr) == (code, False), done.stderr
+  assert message in done.stderr
