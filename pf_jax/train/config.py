@@ -75,6 +75,8 @@ class TrainConfig:
     accumulate: parts that a batch is computed in, one after the other. A step then needs the memory
       of a part, and computes the same mean gradient.
     devices: cards of this host that share batches and state; 0 for all.
+    mfu: counts each kind of step's FLOPs, which takes a second trace of it, and reports model FLOPs
+      utilisation.
     max_skipped_in_a_row: abort after this many steps in a row that were not finite.
     optimizer: see `OptimizerConfig`.
 
@@ -91,6 +93,7 @@ class TrainConfig:
   ema_decay: float = 0.999
   accumulate: int = 1
   devices: int = 0
+  mfu: bool = True
   max_skipped_in_a_row: int = 20
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 

@@ -15,12 +15,14 @@ Source: arXiv:2603.25730 and Self-Forcing (recipe), arXiv:2405.14867 (DMD2).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from pf_jax.diffusion import flow as flow_lib
 from pf_jax.diffusion import schedule
@@ -29,8 +31,8 @@ from pf_jax.models.compressor import Compressor
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.models.vae import WanVae
 from pf_jax.rollout.block import RolloutSpec
+from pf_jax.train import flops, self_forcing, sharding
 from pf_jax.train import lora as lora_lib
-from pf_jax.train import self_forcing
 from pf_jax.train.lora import LoraSpec
 from pf_jax.train.self_forcing import SelfForcingSpec, Window
 from pf_jax.types import Array, KeyValues, PyTree
@@ -183,6 +185,7 @@ class DmdObjective:
     self._self_forcing, self._spec, self._seed = self_forcing, dmd, seed
     self._lora = lora or Lora()
     self.players = {GENERATOR: dmd.generator_every, CRITIC: 1}
+    self._flops: dict[tuple[int, int], int] = {}
 
   def init(self, seed: int) -> dict[str, Any]:
     """The trained parts: whole networks, or adapters of them; the networks come trained."""
@@ -235,6 +238,25 @@ class DmdObjective:
         models, self_forcing.text_keys_values(models, batch.rows), batch.keys, warmup=warmup,
         exit_step=exit_step, rollout=self.rollout, spec=self._self_forcing)
     return batch._replace(window=window, frozen=self._frozen)
+
+  def generation_flops(self, params: PyTree, batch: DmdBatch, step: int) -> int:
+    """FLOPs of `generate`."""
+    warmup, exit_step = self.plan(step)
+    passes, window = len(self.rollout.sampler.steps), self._self_forcing.window_blocks
+    count = functools.partial(self._block_flops, params, batch.rows)
+    return warmup * count(passes) + window * count(exit_step + 1)
+
+  def _block_flops(self, params: PyTree, rows: Array, passes: int) -> int:
+    """FLOPs of one block of a rollout; rows and parameters have one shape in a run."""
+    kind = len(rows), passes
+    if kind not in self._flops:
+      models = jax.eval_shape(self.student, params[GENERATOR], self._frozen)
+      abstract = AbstractMesh((1,), (sharding.AXIS,), (AxisType.Auto,))
+      self._flops[kind] = sum(
+          flops.count(function, models, *arguments, trips=passes - 1)
+          for _, function, arguments, _ in self_forcing.programs(
+              models, len(rows), abstract, rollout=self.rollout, spec=self._self_forcing))
+    return self._flops[kind]
 
   def loss(self, params: PyTree, batch: DmdBatch, key: Array,
            moving: Collection[str] = (GENERATOR, CRITIC)) -> tuple[Array, dict[str, Array]]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from pf_jax import outputs
 from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.progress import Progress
-from pf_jax.train import sharding
+from pf_jax.train import flops, sharding
 from pf_jax.train.checkpoint import CheckpointMismatch, Checkpoints
 from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.metrics import MetricWriter
@@ -61,10 +61,15 @@ class _Window:
 
   def __init__(self) -> None:
     self.steps: list[dict[str, jax.Array]] = []
+    self.flops = 0
     self.since = time.monotonic()
 
-  def fetch(self) -> dict[str, float]:
-    """Waits for the device; means over finite steps, counters as they are now."""
+  def fetch(self, peak: float) -> dict[str, float]:
+    """Waits for the device; means over finite steps, counters as they are now.
+
+    Args:
+      peak: FLOP/s of all devices; 0 if FLOPs are not counted.
+    """
     rows = jax.device_get(self.steps)
     seconds = time.monotonic() - self.since
     values: dict[str, float] = {}
@@ -78,7 +83,10 @@ class _Window:
         finite = column[np.isfinite(column)]
         values[name] = float(finite.mean()) if finite.size else float('nan')
     values['steps_per_second'] = len(rows) / max(seconds, 1e-9)
-    self.steps, self.since = [], time.monotonic()
+    if peak:
+      values['tflops_per_second'] = self.flops / max(seconds, 1e-9) / 1e12
+      values['mfu'] = values['tflops_per_second'] * 1e12 / peak
+    self.steps, self.flops, self.since = [], 0, time.monotonic()
     return values
 
 
@@ -96,7 +104,10 @@ class _Run:
   stop: Stop
   mesh: Mesh
   about: Mapping[str, Any]
+  counter: flops.StepFlops | None
+  peak: float
   evaluate: Callable[[PyTree, int], Mapping[str, float]] | None = None
+  window: _Window = dataclasses.field(default_factory=_Window)
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float = 0.0
 
@@ -104,28 +115,34 @@ class _Run:
     """Advances the state; returns metrics that are still on the device."""
     players = getattr(self.objective, 'players', None)
     moving = None if players is None else moving_parts(players, step)
+    parts = (self.complete(part, step, moving) for part in split(batch, self.config.accumulate))
     if self.config.accumulate == 1:
-      self.state, metrics = self.train_step(self.state, self.complete(batch, step), moving)
+      self.state, metrics = self.train_step(self.state, next(parts), moving)
     else:
-      parts = (self.complete(part, step) for part in split(batch, self.config.accumulate))
       self.state, metrics = self.train_step.in_parts(self.state, parts, moving)
     return metrics
 
-  def complete(self, batch: PyTree, step: int) -> PyTree:
-    """A batch, or a part of one, with what the objective makes of it beforehand."""
+  def complete(self, batch: PyTree, step: int, moving: frozenset[str] | None) -> PyTree:
+    """A part of a batch with what the objective makes of it beforehand."""
     if self.mesh.size > 1:
       batch = sharding.place_batch(batch, self.mesh)
+    params = self.state.params
+    if self.counter is not None and hasattr(self.objective, 'generation_flops'):
+      self.window.flops += self.objective.generation_flops(params, batch, step)
     if hasattr(self.objective, 'generate'):
-      return self.objective.generate(self.state.params, batch, step)
+      batch = self.objective.generate(params, batch, step)
+    if self.counter is not None:
+      self.window.flops += self.counter(params, batch, self.state.rng, moving)
     return batch
 
   def save(self, step: int) -> None:
     self.checkpoints.save(self.state, meta={'data_position': step, 'about': dict(self.about)})
 
-  def log(self, step: int, window: _Window) -> None:
-    self.metrics = window.fetch()
+  def log(self, step: int) -> None:
+    self.metrics = self.window.fetch(self.peak)
     self.writer.write(step, self.metrics)
-    self.progress.show({n: self.metrics[n] for n in ('loss', 'grad_norm', 'steps_per_second')})
+    shown = ('loss', 'grad_norm', 'steps_per_second', 'mfu')
+    self.progress.show({n: self.metrics[n] for n in shown if n in self.metrics})
     in_a_row = self.metrics['skipped_in_a_row']
     if in_a_row >= self.config.max_skipped_in_a_row:
       raise NonFiniteTraining(
@@ -149,7 +166,7 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
   """Steps until the end or a signal; returns the steps done."""
   config, step = run.config, start
   stream = iter(batches(start)) if start < config.steps else iter(())
-  window = _Window()
+  window = run.window
   while step < config.steps and not run.stop:
     began = time.monotonic()
     batch = next(stream, None)
@@ -164,7 +181,7 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
     window.steps.append(metrics)
     step += 1
     if step % config.log_every == 0 or step == config.steps:
-      run.log(step, window)
+      run.log(step)
     run.progress.update()
     if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
       began = time.monotonic()
@@ -173,7 +190,7 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
     if step % config.save_every == 0:
       run.save(step)
   if window.steps:
-    run.log(step, window)
+    run.log(step)
   return step
 
 
@@ -280,8 +297,10 @@ def _prepare(objective: Objective, config: TrainConfig, workdir: pathlib.Path,
   progress = Progress(config.steps, min(start, config.steps))
   stack.callback(progress.close)
   train_step = TrainStep(objective, optimizer, labels, config.ema_decay)
+  counter = flops.StepFlops(objective.loss) if config.mfu else None
+  peak = mesh.size * flops.peak_flops(jax.local_devices()[0])[0] if config.mfu else 0.0
   return _Run(config, objective, state, train_step, checkpoints, writer, progress, stop, mesh,
-              about)
+              about, counter, peak)
 
 
 def initial_state(objective: Objective, config: TrainConfig,

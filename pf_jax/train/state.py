@@ -30,6 +30,7 @@ class Objective(Protocol):
     averaged: parts of `params` that have a moving average; all without it.
     place(put): replaces the arrays that the objective itself holds by put(arrays), for several
       cards.
+    generation_flops(params, batch, step) -> what `generate` computes, in FLOPs.
     generate(params, batch, step) -> batch: makes the batch of a step, or of a part of it, with the
       networks as they are, before the compiled step and outside of it. A function of its arguments
       alone.

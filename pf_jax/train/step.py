@@ -38,6 +38,9 @@ def split(batch: PyTree, parts: int) -> Iterator[PyTree]:
   Raises:
     ValueError: an axis that does not divide.
   """
+  if parts == 1:
+    yield batch
+    return
   for leaf in jax.tree.leaves(batch):
     if leaf.shape[0] % parts:
       raise ValueError(f'a batch of {leaf.shape[0]} does not divide into accumulate={parts} parts; '

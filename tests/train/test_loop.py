@@ -167,3 +167,49 @@ def test_groups_can_be_frozen(tmp_path):
   np.testing.assert_array_equal(result.state.params.first.kernel[...], start.first.kernel[...])
   assert not np.array_equal(result.state.params.last.kernel[...], start.last.kernel[...])
   assert {'grad_norm/trunk', 'grad_norm/head'} <= set(result.metrics)
+
+
+# --- utilisation, and what a run depends on -------------------------------------------------------
+
+
+class Rolling(toy.Toy):
+  """Makes its batches beforehand, at a cost of a million operations."""
+
+  def generation_flops(self, params, batch, step):
+    return 10**6
+
+
+def test_flops_of_steps_and_of_what_precedes_them(monkeypatch, tmp_path):
+  monkeypatch.setattr(loop.flops, 'peak_flops', lambda device: (1e9, 'a test'))
+  # A row of a batch takes 4 x 8 and 8 x 1 multiply-adds, the gradient of weights the same, that of
+  # the hidden layer 8 x 1: 16 rows of 2 x (2 x 40 + 8) operations.
+  for name, objective, wanted in (('a', toy.Toy(), 2816), ('b', Rolling(), 1_002_816)):
+    result = fit(tmp_path / name, objective=objective)
+    got = result.metrics
+    assert got['tflops_per_second'] * 1e12 / got['steps_per_second'] == pytest.approx(wanted)
+    assert got['mfu'] == pytest.approx(got['tflops_per_second'] * 1e3)
+  assert 'mfu' not in fit(tmp_path / 'c', mfu=False).metrics
+
+
+def test_parts_of_a_batch_are_steps_as_well(tmp_path):
+  whole, parts = fit(tmp_path / 'a'), fit(tmp_path / 'b', accumulate=4)
+  assert parts.metrics['loss'] == pytest.approx(whole.metrics['loss'], rel=0.2)  # other noise
+  flops = [run.metrics['tflops_per_second'] / run.metrics['steps_per_second']
+           for run in (whole, parts)]
+  assert flops[0] == pytest.approx(flops[1])
+
+
+def test_a_run_is_not_resumed_beside_other_files(tmp_path):
+  about = {'teacher': {'model': 'abc'}, 'clips': 1}
+  fit_with = lambda **about: loop.fit(toy.Toy(), toy.batches, toy.settings(10), tmp_path,
+                                      about=about, say=lambda message: None)
+  fit_with(**about)
+  fit_with(**about)  # nothing left to do
+  with pytest.raises(checkpoint.CheckpointMismatch,
+                     match=r"teacher: \{'model': 'abc'\} then, \{'model': 'xyz'\} now"):
+    fit_with(teacher={'model': 'xyz'}, clips=1)
+
+
+def test_more_cards_than_there_are(tmp_path):
+  with pytest.raises(ValueError, match='devices=7 are wanted, 1 are here'):
+    fit(tmp_path, devices=7)
