@@ -175,7 +175,8 @@ class Checkpoints:
       self.failed = True
       with contextlib.suppress(Exception):
         self._manager.wait_until_finished()  # the save before this one may still succeed
-      self._write_manifests()
+      with contextlib.suppress(OSError):  # a disk may be too full even for these
+        self._write_manifests()
       self._remove_leftovers()  # an unfinished step would keep a full disk full
       steps = self._committed()
       kept = f'Step {steps[-1]} is intact' if steps else 'No earlier step exists'
@@ -190,13 +191,16 @@ class Checkpoints:
       raise OSError(f'No space left: {wanted / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free')
 
   def _remove_leftovers(self) -> None:
-    """Deletes what killed saves left behind.
+    """Deletes what killed saves and deletions left behind.
 
     Not by Orbax's `cleanup_tmp_directories`: that runs in the background, where it can meet the
     save that is just redoing the same step.
     """
     for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
       shutil.rmtree(path, ignore_errors=True)  # a failed save may still be writing
+    for path in self._manifests.glob('.*.tmp.json'):
+      path.unlink(missing_ok=True)
+    self._forget_manifests()
 
   def _step_dir(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:08d}'
@@ -207,17 +211,21 @@ class Checkpoints:
   def _committed(self) -> list[int]:
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
-  def _write_manifests(self) -> None:
-    """Runs on Orbax's thread after a commit; also forgets manifests of deleted steps."""
+  def _forget_manifests(self) -> None:
+    """Of steps that are gone: one saved again under the number would look damaged."""
     steps = self._committed()
-    for step in steps:
+    for path in self._manifests.glob('*.json'):
+      if path.stem.isdigit() and int(path.stem) not in steps:
+        path.unlink(missing_ok=True)
+
+  def _write_manifests(self) -> None:
+    """Runs on Orbax's thread after a commit."""
+    for step in self._committed():
       if not self._manifest(step).exists():
         files = _files(self._step_dir(step))
         sums = {name: [path.stat().st_size, crc32_of(path)] for name, path in files.items()}
         outputs.write_json(self._manifest(step), {'algorithm': 'crc32', 'files': sums})
-    for path in self._manifests.glob('*.json'):
-      if path.stem.isdigit() and int(path.stem) not in steps:
-        path.unlink(missing_ok=True)
+    self._forget_manifests()
 
   def steps(self) -> list[int]:
     """Committed steps, oldest first."""
@@ -266,14 +274,18 @@ class Checkpoints:
       return ''
     try:
       expected = json.loads(manifest.read_text())['files']
-    except (ValueError, KeyError) as error:
+      sums = {name: (size, crc) for name, (size, crc) in expected.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
       return f'manifest unreadable ({error})'
     found = _files(self._step_dir(step))
-    for name, (size, crc) in expected.items():
+    for name, (size, crc) in sums.items():
       if name not in found:
         return f'{name} is missing'
-      if found[name].stat().st_size != size or crc32_of(found[name]) != crc:
-        return f'{name} differs from its checksum'
+      try:
+        if found[name].stat().st_size != size or crc32_of(found[name]) != crc:
+          return f'{name} differs from its checksum'
+      except OSError as error:  # a bad sector
+        return f'{name} is unreadable ({error.strerror})'
     return ''
 
   def _load(self, step: int, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -370,7 +382,9 @@ def load_params(workdir: str | os.PathLike, template: PyTree, *, ema: bool = Tru
     steps = checkpoints.steps()
     if not steps:
       raise FileNotFoundError(f'{workdir} holds no finished checkpoint; train there first.')
-    newest = checkpoints._step_dir(step if step is not None else steps[-1])
-    item = 'ema' if ema and (newest / 'ema').is_dir() else 'params'
+    # Any step's: the newest may be damaged.
+    averaged = any((checkpoints._step_dir(s) / 'ema').is_dir()
+                   for s in (steps if step is None else [step]))
+    item = 'ema' if ema and averaged else 'params'
     found = checkpoints._newest_good({item: named_leaves(template)}, step)
   return _fill(template, found[item]) if found else template

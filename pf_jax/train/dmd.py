@@ -48,6 +48,8 @@ class DmdSpec:
     guidance: w of the teacher's score, cond + w (cond - uncond). Samplers of clips say g, with
       uncond + g (cond - uncond): w = g - 1.
     generator_every: steps of the critic for one of the generator.
+    levels: noise levels that each rollout is judged at, by either player. The paper has 1; more are
+      cheap where rollouts are what costs.
     shift: timestep shift of the noise levels that scores are compared at.
     lowest, highest: timesteps that levels are clamped to.
 
@@ -57,13 +59,15 @@ class DmdSpec:
 
   guidance: float = 3.0
   generator_every: int = 5
+  levels: int = 1
   shift: float = 5.0
   lowest: float = 20.0
   highest: float = 980.0
 
   def __post_init__(self):
-    if self.generator_every < 1:
-      raise ValueError(f'generator_every={self.generator_every} must be at least 1.')
+    for name in ('generator_every', 'levels'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
     if not 0 < self.shift < float('inf'):
       raise ValueError(f'shift={self.shift} must be positive; Wan2.1 uses 5.')
     if not 0 < self.lowest < self.highest <= schedule.TIMESTEPS:
@@ -79,7 +83,10 @@ def draw_levels(key: Array, batch: int, spec: DmdSpec) -> Array:
 
 
 def predict(transformer: CausalTransformer, x_t: Array, sigma: Array, text: KeyValues) -> Array:
-  """The flow that a model of whole clips sees at one level for all frames: like x_t."""
+  """The flow that a model of whole clips sees at one level for all frames: like x_t.
+
+  The batch of `text` may be smaller by a whole factor: several levels of a clip in a row.
+  """
   timesteps = jnp.broadcast_to(schedule.timestep(sigma[:, :, 0, 0, 0]), x_t.shape[:2])
   return transformer(x_t, timesteps, text).flow
 
@@ -279,7 +286,8 @@ class DmdObjective:
     models = self.student(params[GENERATOR], frozen, merge=False)
     text = models.transformer.text_keys_values(rows)
     x0 = self_forcing.replay(models, text, window, rollout=self.rollout)
-    clip, own = self_forcing.clips_of(x0, window)
+    clip, own = (jnp.repeat(x, self._spec.levels, axis=0)
+                 for x in self_forcing.clips_of(x0, window))
     fixed, critic = jax.lax.stop_gradient((clip, self._critic(params, frozen)))
     level_key, noise_key = jax.random.split(key)
     sigma = draw_levels(level_key, len(clip), self._spec)
@@ -293,6 +301,7 @@ class DmdObjective:
 
   def _critic_loss(self, critic: CausalTransformer, clip: Array, rows: Array, key: Array) -> Array:
     level_key, noise_key = jax.random.split(key)
+    clip = jnp.repeat(clip, self._spec.levels, axis=0)
     sigma = draw_levels(level_key, len(clip), self._spec)
     noise = jax.random.normal(noise_key, clip.shape)
     flow = predict(critic, flow_lib.add_noise(clip, noise, sigma), sigma,

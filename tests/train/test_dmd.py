@@ -150,6 +150,16 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nothing():
   assert norm(gradient[GENERATOR]) < 1e-4 * norm(gradients(BOTH)[0][GENERATOR])
 
 
+def test_several_levels_are_several_judgements_of_the_same_rollouts():
+  """With one level drawn for all (the clamp leaves no other) more of them differ in noise alone."""
+  one, many = (objective(levels=n, lowest=499.0, highest=499.1) for n in (1, 16))
+  losses = [[float(jax.jit(made.loss, static_argnames='moving')(
+      made.init(0), batch(), jax.random.key(i), moving=CRITIC_ONLY)[0]) for i in range(4)]
+      for made in (one, many)]
+  assert np.mean(losses[1]) == pytest.approx(np.mean(losses[0]), rel=0.05)
+  assert np.std(losses[1]) < 0.7 * np.std(losses[0])
+
+
 def test_rollouts_are_functions_of_the_step():
   made = objective()
   plans = [made.plan(i) for i in range(200)]
