@@ -169,8 +169,9 @@ def claim_directory(directory: str | os.PathLike, *,
   """Holds a directory for this process: creates it, checks it is writable, locks it.
 
   The kernel drops the lock when its holder dies, even by SIGKILL, so a lock left by a dead
-  process never blocks: it is taken over, and said so. If the body fails, a directory that was
-  created here and holds nothing is removed again.
+  process never blocks: it is taken over, and said so; files that such a process left half-written
+  are deleted. If the body fails, a directory that was created here and holds nothing is removed
+  again.
 
   Args:
     directory: where the run will write.
@@ -187,6 +188,7 @@ def claim_directory(directory: str | os.PathLike, *,
              if not path.exists()]
   path = prepare_directory(directory)
   with _locked(path / LOCK_NAME, path, say):
+    _delete_torn_files(path)
     try:
       yield path
     except BaseException:
@@ -353,6 +355,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     os.replace(temporary, target)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _delete_torn_files(directory: pathlib.Path) -> None:
+  """Deletes what killed processes were writing by `atomic_path`."""
+  for path in directory.iterdir():
+    torn = re.fullmatch(r'\..+\.([0-9]{1,9})\.tmp(\.[^.]+)?', path.name)
+    if torn and path.is_file() and not _alive(int(torn[1])):
+      path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

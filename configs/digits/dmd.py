@@ -24,20 +24,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.stage = 'dmd'
   config.start = 'runs/ode'
   config.teacher = 'runs/teacher'
-  config.videos = 2 if tiny else 8
+  config.videos = 2 if tiny else 4
   config.cache = base.cache.copy_and_resolve_references()
   config.train_sink_blocks = placeholder(int)  # those of `cache`
   config.sampler = base.sampler.copy_and_resolve_references()
   config.self_forcing = ConfigDict(dict(
-      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 10, context_noise=0.0))
+      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 5, context_noise=0.0))
   config.objective = ConfigDict(dict(
-      guidance=3.0, generator_every=1 if tiny else 5, shift=5.0, lowest=20.0, highest=980.0))
+      guidance=3.0, generator_every=1 if tiny else 3, levels=1 if tiny else 4, shift=5.0,
+      lowest=20.0, highest=980.0))
   config.critic_learning_rate = 2e-4
   config.world = base.world.copy_and_resolve_references()
   config.eval_blocks = (2,) if tiny else (5, 30)
   config.tokenizer = ''
   config.train = base.train.copy_and_resolve_references()
-  config.train.steps = 2 if tiny else 1000
+  config.train.steps = 2 if tiny else 400
+  config.train.log_every = 1 if tiny else 5
+  config.train.save_every = 2 if tiny else 20
+  config.train.eval_every = 2 if tiny else 100
   config.train.optimizer.update(dict(
       name='adamw', learning_rate=1e-4, b1=0.0, b2=0.999, schedule='constant', warmup_steps=10,
       decay_steps=0, weight_decay=0.01, clip_norm=10.0))

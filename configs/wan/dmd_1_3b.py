@@ -53,7 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.self_forcing = ConfigDict(dict(
       window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 20, context_noise=0.0))
   config.objective = ConfigDict(dict(
-      guidance=3.0, generator_every=1 if tiny else 5, shift=5.0, lowest=20.0, highest=980.0))
+      guidance=3.0, generator_every=1 if tiny else 5, levels=1, shift=5.0, lowest=20.0,
+      highest=980.0))
   config.critic_learning_rate = 1e-6
   config.lora = ConfigDict(dict(rank=0))
   config.critic_lora = ConfigDict(dict(rank=0))

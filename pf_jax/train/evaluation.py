@@ -21,7 +21,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ import numpy as np
 from pf_jax import outputs
 from pf_jax.data import digits
 from pf_jax.models.bundle import VideoModels
-from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.rollout.block import RolloutSpec
 from pf_jax.rollout.stream import Programs, stream
 from pf_jax.train.metrics import read_metrics
@@ -204,7 +203,10 @@ def drift_curves(records: Sequence[Mapping[str, Any]], clip_blocks: int | None =
     if clip_blocks is not None:
       axis.axvline(clip_blocks, color='#777777', linewidth=1, linestyle='--', label='clips end')
     # No metric is negative, and a curve that hardly moves should look like it.
-    axis.set_ylim(*((-0.03, 1.03) if name in _SHARES else (0, None)))
+    if name in _SHARES:
+      axis.set_ylim(-0.03, 1.03)
+    else:
+      axis.axhline(0, linewidth=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel('block')
     axis.set_title(name.replace('_', ' '), loc='left')
@@ -264,13 +266,13 @@ class Sampler:
     self._prompts = list(texts) if world is None or texts else prompts(world)
     self._programs: Programs | None = None
 
-  def judge(self, models: VideoModels, encode: PromptEncoder, lengths: Sequence[int], step: int,
-            workdir: str | os.PathLike) -> dict[str, float]:
+  def judge(self, models: VideoModels, encode: Callable[[Sequence[str]], np.ndarray],
+            lengths: Sequence[int], step: int, workdir: str | os.PathLike) -> dict[str, float]:
     """Means over the videos at the first block and at the end of every length.
 
     Args:
       models: networks to judge.
-      encode: of the prompts.
+      encode: gives the text rows [B, rows, D] of the prompts.
       lengths: blocks; the longest video is sampled, drawn, and measured along its whole length.
       step: of the training.
       workdir: receives the files of an evaluation.

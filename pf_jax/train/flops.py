@@ -23,7 +23,7 @@ Source: arXiv:2204.02311, appendix B (MFU and HFU); arXiv:2205.14135 (attention'
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,10 +48,14 @@ _UNKNOWN = frozenset({
     'cudnn_fusion', 'cholesky', 'triangular_solve', 'eigh', 'svd', 'qr', 'fft', 'pure_callback'})
 
 
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+  return [variable.aval.shape for variable in variables]
+
+
 def _dot_general(equation: core.JaxprEqn) -> int:
   (contracted, _), _ = equation.params['dimension_numbers']
-  lhs = equation.invars[0].aval.shape
-  return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
+  lhs, (out,) = _shapes(equation.invars)[0], _shapes(equation.outvars)
+  return 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
 
 
 def _taps(out: int, size: int, kernel: int, stride: int, low: int, lhs_dilation: int,
@@ -64,8 +68,7 @@ def _taps(out: int, size: int, kernel: int, stride: int, low: int, lhs_dilation:
 
 def _convolution(equation: core.JaxprEqn) -> int:
   params, numbers = equation.params, equation.params['dimension_numbers']
-  lhs, rhs = (variable.aval.shape for variable in equation.invars[:2])
-  out = equation.outvars[0].aval.shape
+  (lhs, rhs), (out,) = _shapes(equation.invars[:2]), _shapes(equation.outvars)
   pairs = math.prod(
       _taps(out[o], lhs[i], rhs[k], stride, low, lhs_dilation, rhs_dilation)
       for o, i, k, stride, (low, _), lhs_dilation, rhs_dilation in zip(
@@ -78,7 +81,7 @@ def _convolution(equation: core.JaxprEqn) -> int:
 
 def _attention(equation: core.JaxprEqn) -> int:
   """One of the products of cuDNN's fused attention, q k or weights v."""
-  query, key = (variable.aval.shape for variable in equation.invars[:2])
+  query, key = _shapes(equation.invars[:2])
   tokens = 2 if equation.params['layout'] else 1  # [B, N, T, H], or [B, T, N, H] for layout 0
   return 2 * math.prod(query) * key[tokens]
 
@@ -104,12 +107,12 @@ class _Counter:
     if name.startswith('dot_product_attention'):
       forward = '_fwd' in name
       return _attention(equation) * (2 if forward else 5 if self._recomputation else 4)
-    inner = [self.jaxpr(jaxpr) for jaxpr in _jaxprs(equation)]
+    inner: list[int] = [self.jaxpr(jaxpr) for jaxpr in _jaxprs(equation)]
     if name == 'scan':
-      return equation.params['length'] * sum(inner)
+      return int(equation.params['length']) * sum(inner)
     if name == 'cond':
       return max(inner)
-    if name == 'while' and sum(inner):
+    if name == 'while' and any(inner):
       if self._trips is None:
         raise ValueError(f'a loop of {sum(inner)} operations a turn has no known length; say how '
                          'many turns it takes with trips=.')

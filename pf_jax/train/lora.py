@@ -23,7 +23,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ class LoraSpec:
       raise ValueError(f'rank={self.rank} must be 0 (train all weights) or more.')
     if self.alpha is not None and not 0 < self.alpha < float('inf'):
       raise ValueError(f'alpha={self.alpha} must be positive, or None for a scale of 1.')
-    if isinstance(self.targets, str) or not all(self.targets) or not self.targets:
+    targets: Any = self.targets
+    if isinstance(targets, str) or not all(targets) or not targets:
       raise ValueError(f'targets={self.targets!r} must be a tuple of names of linear layers.')
 
   @property

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.wan import t2v_1_3b
 from launch.build import build
-from pf_jax.aot.compile import compile_for
+from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
 from pf_jax.kernels.attention import Segment, attend
 from pf_jax.kernels.conv3d import conv3d
@@ -40,6 +42,33 @@ def test_bytes_of_a_product_by_hand():
   assert report.total_bytes == (report.argument_bytes + report.output_bytes - report.alias_bytes
                                 + report.scratch_bytes)
   assert report.compile_seconds > 0
+
+
+def split(*sizes, axis=0, devices=8, dtype=jnp.bfloat16):
+  """A shape that is split over some cards along an axis."""
+  spec = PartitionSpec(*[None] * axis, 'data')
+  return jax.ShapeDtypeStruct(sizes, dtype,
+                              sharding=NamedSharding(device_mesh(H200, devices), spec))
+
+
+def test_bytes_on_each_card_of_a_split_product_by_hand():
+  arguments = split(256, 512), split(512, 128), shape(512, 3)
+  report = compile_for(lambda x, w, whole: (x @ w, x + whole[0, 0]), arguments, H200, devices=8,
+                       donate=(0,))
+  assert report.devices == 8
+  assert report.argument_bytes == 2 * (32 * 512 + 64 * 128 + 512 * 3)
+  assert report.alias_bytes == 2 * 32 * 512
+  assert 0 <= report.output_bytes - 2 * (32 * 128 + 32 * 512) <= 64
+  # Every card needs all of the second factor.
+  assert report.scratch_bytes >= 2 * 512 * 128
+  text = report.executable.as_text()
+  assert re.search(r'bf16\[512,128\]\S* all-gather(-done)?\(', text)
+  assert 'num_partitions=8' in text
+
+
+def test_refuses_shares_of_other_cards():
+  with pytest.raises(ValueError, match=r'shape \[8, 4\] has sharding .* device_mesh\(target, 8\)'):
+    compile_for(lambda x: x, (split(8, 4, devices=2),), H200, devices=8)
 
 
 def test_leaves_the_compilation_cache_alone(tmp_path):
@@ -71,6 +100,26 @@ def test_attention_is_one_kernel_without_logits():
   # One row of keys and one of values, side by side; logits alone would be 12.5 GB.
   rows = tree_bytes(own) + tree_bytes(history)
   assert rows <= report.scratch_bytes < 1.02 * rows
+
+
+def test_attention_and_its_gradient_stay_on_their_card():
+  """A layer's two: of a video over itself, and over a text that all videos share."""
+  def loss(weights, x, lengths, text):
+    q, k, v = ((x @ w).reshape(*x.shape[:2], 12, 128) for w in weights)
+    valid = jnp.arange(x.shape[1]) < lengths[:, None]
+    read = attend(attend(q, [Segment(k, v, valid)]), [Segment(*text)])
+    return jnp.mean(read.astype(jnp.float32))
+
+  arguments = ([split(256, 1536)] * 3, split(8, 1024, 256), split(8, dtype=jnp.int32),
+               [shape(1, 512, 12, 128)] * 2)
+  text = compile_for(jax.value_and_grad(loss), arguments, H200, devices=8).executable.as_text()
+  for name in ('fmhaSoftmax', 'fmhaSoftmaxBackward'):
+    calls = [line for line in text.splitlines() if f'custom_call_target="__cudnn${name}"' in line]
+    assert len(calls) == 2
+    assert all('[1,12,1024,128]' in call and '[8,' not in call for call in calls)  # one video
+  gathered = [line for line in text.splitlines() if ' all-gather' in line]
+  assert gathered
+  assert not any('1024' in line.split(' all-gather')[0] for line in gathered)  # weights only
 
 
 def test_convolutions_are_not_those_of_the_machine_that_compiles():
