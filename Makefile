@@ -1,5 +1,5 @@
-# make demo | make test | make check | make test-parity | make test-aot | make test-full | make setup
-# make clean
+# make demo | make test | make check | make test-parity | make test-aot | make test-full
+# make test-reliability | make setup | make clean
 #
 # Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
 # rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
@@ -25,7 +25,8 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity test-aot test-full parity-python clean FORCE
+.PHONY: help setup demo test check test-parity test-aot test-full test-reliability parity-python \
+  clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -114,6 +115,10 @@ test-aot: $(AOT_VENV)/.aot
 # Weights of full size, made of random bytes: two minutes, 12 GB of disk, 3 GB of memory.
 test-full: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x -s --slow tests/weights/test_full_size.py $(PYTEST_ARGS)
+
+# Kills, flipped bits and full disks against checkpoints: ten minutes. `make test` runs a sample.
+test-reliability: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -x -s --slow tests/reliability $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info

@@ -16,6 +16,8 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,6 +32,7 @@ from pf_jax.types import tree_bytes
 PyTree = Any
 
 _CHUNK = 1 << 20
+_FOLLOW_SECONDS = 0.01
 _METADATA_BYTES = 1 << 20  # of a step, beside its arrays
 _ITEMS = ('params', 'ema', 'opt_state', 'counters')
 _SHOWN_MISMATCHES = 20
@@ -155,10 +158,9 @@ class Checkpoints:
     if not read_only:
       self._manifests.mkdir(parents=True, exist_ok=True)
       self._remove_leftovers()
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, step_format_fixed_length=8, create=not read_only,
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifests))
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._follower: threading.Thread | None = None
+    self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, step_format_fixed_length=8, create=not read_only))
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -174,7 +176,7 @@ class Checkpoints:
     except Exception as error:
       self.failed = True
       with contextlib.suppress(Exception):
-        self._manager.wait_until_finished()  # the save before this one may still succeed
+        self._settle()  # the save before this one may still succeed
       with contextlib.suppress(OSError):  # a disk may be too full even for these
         self._write_manifests()
       self._remove_leftovers()  # an unfinished step would keep a full disk full
@@ -185,7 +187,7 @@ class Checkpoints:
 
   def _check_space(self, items: PyTree) -> None:
     """Refuses a save that cannot fit before Orbax's threads each meet the full disk."""
-    self._manager.wait_until_finished()  # Orbax would wait, too
+    self._settle()  # Orbax would wait, too
     wanted, free = tree_bytes(items) + _METADATA_BYTES, shutil.disk_usage(self.directory).free
     if free < wanted:
       raise OSError(f'No space left: {wanted / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free')
@@ -218,8 +220,32 @@ class Checkpoints:
       if path.stem.isdigit() and int(path.stem) not in steps:
         path.unlink(missing_ok=True)
 
+  def _follow(self) -> None:
+    """Writes the manifest as soon as a save is committed, on a thread of its own.
+
+    Orbax calls back before it renames the step, when there is nothing to write a manifest of.
+    """
+
+    def follow() -> None:
+      while self._manager.is_saving_in_progress():
+        time.sleep(_FOLLOW_SECONDS)
+      with contextlib.suppress(OSError):  # a full disk is told by the next save, or by `wait`
+        self._write_manifests()
+
+    self._follower = threading.Thread(target=follow, name='checkpoint manifests', daemon=True)
+    self._follower.start()
+
+  def _settle(self) -> None:
+    """Waits for the save on its way, and for its manifest; raises what Orbax's threads raised."""
+    try:
+      self._manager.wait_until_finished()
+    finally:
+      if self._follower is not None:
+        self._follower.join()
+        self._follower = None
+
   def _write_manifests(self) -> None:
-    """Runs on Orbax's thread after a commit."""
+    """Writes those that are missing, and forgets those of deleted steps."""
     for step in self._committed():
       if not self._manifest(step).exists():
         files = _files(self._step_dir(step))
@@ -252,6 +278,7 @@ class Checkpoints:
       self._check_space(items)
       self._manager.save(step, force=True, args=save.Composite(
           meta=save.JsonSave(about), **{n: save.StandardSave(v) for n, v in items.items()}))
+      self._follow()
 
   def wait(self) -> None:
     """Blocks until the last save is committed and its manifest written.
@@ -262,7 +289,7 @@ class Checkpoints:
     if self.failed or self._read_only:
       return  # nothing is on its way, or it has been reported
     with self._explaining():
-      self._manager.wait_until_finished()
+      self._settle()
       self._write_manifests()
 
   def damage(self, step: int) -> str:
@@ -350,6 +377,8 @@ class Checkpoints:
     for newer in [s for s in self._committed() if s > found['meta']['step']]:
       self._manager.delete(newer)
       self._manifest(newer).unlink(missing_ok=True)
+    if not self._read_only:
+      self._write_manifests()  # of a step that was used without one, so that it stays as it is
     return _from_items(template, found), found['meta']
 
   def close(self) -> None:

@@ -1,5 +1,6 @@
 """Where a training run's numbers go: a JSONL file and TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -68,7 +69,9 @@ class MetricWriter:
           self._events.add_scalar(f'{kind}/{name}', value, step)
 
   def close(self) -> None:
-    """Flushes and closes everything."""
-    self._file.close()
-    if self._events is not None:
-      self._events.close()
+    """Closes everything. A full disk has been told by `write`, or is told by a checkpoint."""
+    with contextlib.suppress(OSError):
+      self._file.close()
+    with contextlib.suppress(OSError):
+      if self._events is not None:
+        self._events.close()

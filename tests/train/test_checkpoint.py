@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -214,3 +215,15 @@ def test_modules_round_trip(tmp_path):
     checkpoints.save(train_state)
   net = checkpoint.load_params(tmp_path, toy.Toy().init(1))
   np.testing.assert_array_equal(net.first.kernel[...], train_state.params.first.kernel[...])
+
+
+def test_a_committed_step_has_its_checksums_at_once(tmp_path):
+  """Not only when the next save begins: a run that is killed meanwhile could verify nothing."""
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(at_step(make_state(), 1))
+    manifest = tmp_path / 'checkpoints' / 'manifests' / '00000001.json'
+    for _ in range(600):
+      if manifest.exists():
+        break
+      time.sleep(0.05)
+    assert manifest.exists()
