@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.stage = 'dmd'
   config.start = 'runs/ode'
   config.teacher = 'runs/teacher'
+  config.prompts = ''  # those of `world`; or a store of launch.prepare
   config.videos = 2 if tiny else 4
   config.cache = base.cache.copy_and_resolve_references()
   config.train_sink_blocks = placeholder(int)  # those of `cache`
@@ -34,6 +35,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       guidance=3.0, generator_every=1 if tiny else 3, levels=1 if tiny else 4, shift=5.0,
       lowest=20.0, highest=980.0))
   config.critic_learning_rate = 2e-4
+  config.lora = ConfigDict(dict(rank=0))
+  config.critic_lora = ConfigDict(dict(rank=0))
   config.world = base.world.copy_and_resolve_references()
   config.eval_blocks = (2,) if tiny else (5, 30)
   config.tokenizer = ''

@@ -12,8 +12,7 @@ they say; `warmup_blocks`, `train_sink_blocks`, `context_noise`, `teacher_model`
 `critic_learning_rate` are what the paper leaves open.
 
 Command:
-  python -m launch.prepare --config=configs/wan/prepare.py --weights=Wan2.1-T2V-1.3B \\
-    --prompts=prompts.txt --output=runs/prompts
+  python -m launch.prepare --config=configs/wan/dmd_1_3b.py --prompts=prompts.txt
   python -m launch.train --config=configs/wan/dmd_1_3b.py --workdir=runs/dmd_1_3b --dry_run
   python -m launch.train --config=configs/wan/dmd_1_3b.py --workdir=runs/dmd_1_3b
 On eight cards add --config.train.accumulate=1. Not run yet: compiled for one and for eight H200

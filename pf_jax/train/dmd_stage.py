@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pf_jax.data import digits, latents, source
+from pf_jax.data import digits, source, text_rows
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.released import ReleasedWeights
@@ -213,7 +213,7 @@ def open_prompts(stage: DmdStage, origin: Origin) -> PromptSource:
     prompts = world_prompts(stage.world)
     return PromptRows(prompts, origin.text_rows(prompts))
   text = origin.spec.text
-  return latents.LatentStore(stage.prompts, expect={'rows': (text.max_tokens, text.width)})
+  return text_rows.TextStore(stage.prompts, text.max_tokens, text.width)
 
 
 def load_teacher(stage: DmdStage, origin: Origin) -> CausalTransformer:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,12 +52,20 @@ class Origin(abc.ABC):
     """The compressor."""
 
   @abc.abstractmethod
+  def prompt_encoder(self) -> PromptEncoder:
+    """Tokenizer and text encoder; the latter is loaded when a prompt is new, and let go."""
+
   def text_rows(self, texts: Sequence[str]) -> np.ndarray:
     """Text rows [B, rows, D]; empty texts are allowed."""
+    return self.prompt_encoder()(texts, allow_empty=True)
 
   @abc.abstractmethod
   def digests(self) -> dict[str, str]:
-    """What tells other weights apart, by file."""
+    """What tells other weights apart, by file; those of the text encoder apart."""
+
+  @abc.abstractmethod
+  def text_digests(self) -> dict[str, str]:
+    """The same of text encoder and tokenizer."""
 
   @abc.abstractmethod
   def save(self, directory: str | os.PathLike, trained: VideoModels,
@@ -102,13 +110,15 @@ class PackagedOrigin(Origin):
   def compressor(self) -> Compressor:
     return self.models().compressor
 
-  def text_rows(self, texts: Sequence[str]) -> np.ndarray:
+  def prompt_encoder(self) -> PromptEncoder:
     tokenizer = Tokenizer.from_file(self._tokenizer, max_tokens=self.spec.text.max_tokens)
-    encode = PromptEncoder(tokenizer, self.spec.text, lambda: self.models().text)
-    return encode(texts, allow_empty=True)
+    return PromptEncoder(tokenizer, self.spec.text, lambda: self.models().text)
 
   def digests(self) -> dict[str, str]:
     return {package.WEIGHTS_FILE: outputs.file_digest(self.directory / package.WEIGHTS_FILE)}
+
+  def text_digests(self) -> dict[str, str]:
+    return {**self.digests(), 'tokenizer.json': outputs.file_digest(self._tokenizer)}
 
   def save(self, directory: str | os.PathLike, trained: VideoModels,
            choices: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> None:
@@ -119,6 +129,8 @@ class PackagedOrigin(Origin):
 
 class ReleasedOrigin(Origin):
   """Released weights, perhaps with another file for the transformer and a trained compressor."""
+
+  _TEXT = ('text', 'tokenizer')
 
   def __init__(self, weights: ReleasedWeights):
     """Nothing is opened yet."""
@@ -139,13 +151,19 @@ class ReleasedOrigin(Origin):
     path = self._weights.compressor
     return released.load_compressor(self.spec, None if path is None else pathlib.Path(path), print)
 
-  def text_rows(self, texts: Sequence[str]) -> np.ndarray:
-    return self._weights.open().prompt_encoder(self.spec)(texts, allow_empty=True)
+  def prompt_encoder(self) -> PromptEncoder:
+    return self._weights.open().prompt_encoder(self.spec)
 
   def digests(self) -> dict[str, str]:
-    files = self._weights.files()
+    return self._digests(lambda network: network not in self._TEXT)
+
+  def text_digests(self) -> dict[str, str]:
+    return self._digests(lambda network: network in self._TEXT)
+
+  def _digests(self, wanted: Callable[[str], bool]) -> dict[str, str]:
     return {f'{network}/{path.name}': outputs.file_digest(path)
-            for network, paths in files.items() if network != 'text' for path in paths}
+            for network, paths in self._weights.files().items() if wanted(network)
+            for path in paths}
 
   def save(self, directory: str | os.PathLike, trained: VideoModels,
            choices: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from pf_jax import pipeline
+from pf_jax.data import text_rows
 from pf_jax.rollout.block import SamplerSpec
 from pf_jax.train import dmd_stage
 from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.dmd import DmdSpec
 from pf_jax.train.dmd_stage import DmdStage
+from pf_jax.train.lora import LoraSpec
 from pf_jax.train.self_forcing import SelfForcingSpec
 from pf_jax.weights import package
 from tests.evals import micro
@@ -57,6 +59,29 @@ def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_pa
   np.testing.assert_allclose(loaded.models.transformer.head.kernel,
                              result.state.ema['generator']['transformer'].head.kernel, atol=1e-3)
   assert loaded.spec.sampler.steps == (1000.0, 500.0)
+
+
+def test_adapters_learn_from_a_store_of_prompts_in_parts(stage, models, tmp_path):
+  """No world and no text encoder: what training on released weights is like."""
+  origin = stage.student_origin()
+  text_rows.write(origin.prompt_encoder(), ['a white one', 'two ☃', 'three'], tmp_path / 'prompts',
+                  about={})
+  small = dataclasses.replace(
+      stage, prompts=str(tmp_path / 'prompts'), lora=LoraSpec(rank=2), critic_lora=LoraSpec(rank=2),
+      remat=True, eval_videos=1)
+  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0, mfu=False,
+                       accumulate=2, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
+  result = dmd_stage.train_dmd(small, config, tmp_path / 'run')
+  trained = result.state.params['generator']['transformer']
+  assert {type(adapter).__name__ for adapter in trained.values()} == {'Adapter'}
+  assert min(float(np.abs(adapter.b).max()) for adapter in trained.values()) > 1e-4
+  start, loaded = (package.load_model(path).models
+                   for path in (stage.start, tmp_path / 'run' / 'model'))
+  moved = np.abs(loaded.transformer.layers.self_attn.q.kernel
+                 - start.transformer.layers.self_attn.q.kernel).max()
+  assert moved > 1e-4  # merged
+  np.testing.assert_array_equal(loaded.transformer.head.kernel, start.transformer.head.kernel)
+  assert (tmp_path / 'run' / 'samples.png').is_file()
 
 
 def test_prompts_are_functions_of_the_step():
