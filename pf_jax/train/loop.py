@@ -62,7 +62,12 @@ class _Window:
   def __init__(self) -> None:
     self.steps: list[dict[str, jax.Array]] = []
     self.flops = 0
+    self.untimed = 0
     self.since = time.monotonic()
+
+  def restart(self) -> None:
+    """The steps so far took what compiling takes: they do not count as work and time."""
+    self.untimed, self.flops, self.since = len(self.steps), 0, time.monotonic()
 
   def fetch(self, peak: float) -> dict[str, float]:
     """Waits for the device; means over finite steps, counters as they are now.
@@ -82,11 +87,14 @@ class _Window:
       else:
         finite = column[np.isfinite(column)]
         values[name] = float(finite.mean()) if finite.size else float('nan')
-    values['steps_per_second'] = len(rows) / max(seconds, 1e-9)
+    if len(rows) == self.untimed:
+      seconds = float('nan')
+    values['steps_per_second'] = (len(rows) - self.untimed) / seconds
     if peak:
-      values['tflops_per_second'] = self.flops / max(seconds, 1e-9) / 1e12
+      values['tflops_per_second'] = self.flops / seconds / 1e12
       values['mfu'] = values['tflops_per_second'] * 1e12 / peak
-    self.steps, self.flops, self.since = [], 0, time.monotonic()
+    self.steps = []
+    self.restart()
     return values
 
 
@@ -174,11 +182,11 @@ def _train(run: _Run, batches: Callable[[int], Iterator[PyTree]], start: int) ->
       raise ValueError(f'the batches ended at {step=} of {config.steps}; a source must go on for '
                        'ever, or lower steps.')
     metrics = run.step(batch, step)
+    window.steps.append(metrics)
     if step == start:
       jax.block_until_ready(metrics['loss'])
       run.compile_seconds = time.monotonic() - began
-      window.since = time.monotonic()
-    window.steps.append(metrics)
+      window.restart()
     step += 1
     if step % config.log_every == 0 or step == config.steps:
       run.log(step)

@@ -213,3 +213,10 @@ def test_a_run_is_not_resumed_beside_other_files(tmp_path):
 def test_more_cards_than_there_are(tmp_path):
   with pytest.raises(ValueError, match='devices=7 are wanted, 1 are here'):
     fit(tmp_path, devices=7)
+
+
+def test_a_step_that_compiles_is_no_measure_of_speed(tmp_path):
+  fit(tmp_path, steps=2, log_every=1)
+  first, second = records(tmp_path)
+  assert first['steps_per_second'] is first['mfu'] is None
+  assert second['steps_per_second'] > 0
