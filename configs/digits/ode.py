@@ -6,8 +6,7 @@ steps with guidance are computed once into `store`.
 
 Command:
   python -m launch.train --config=configs/digits/ode.py --workdir=runs/ode
-Cost of two cores, beside other work: 45 minutes of trajectories, 24 of training (0.3 to 0.45 steps/s,
-n=1).
+Cost of two cores, beside other work: 45 minutes of trajectories, 24 of training (n=1).
 Result (seed 0, n=1): loss .053; ten videos of six blocks in four steps, one for each class: class
 accuracy .99 and 1.00 in blocks 1 and 6, colours 1.00, drift .016.
 Variant `tiny` trains a few thousand parameters for a few steps (tests).
