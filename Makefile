@@ -10,6 +10,7 @@ PARITY_VENV ?= .venv-parity
 AOT_VENV ?= .venv-aot
 WORKERS ?= 2
 PYTEST_ARGS ?=
+RELIABILITY_SECONDS ?= 1800
 
 DEMO_OUTPUT := runs/demo
 DEMO_CONFIG := configs/digits/sample.py
@@ -116,9 +117,11 @@ test-aot: $(AOT_VENV)/.aot
 test-full: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x -s --slow tests/weights/test_full_size.py $(PYTEST_ARGS)
 
-# Kills, flipped bits and full disks against checkpoints: ten minutes. `make test` runs a sample.
+# Kills, flipped bits, full disks and storms of bad steps against training: ten minutes, and no more
+# than RELIABILITY_SECONDS. `make test` runs a sample.
 test-reliability: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -x -s --slow tests/reliability $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -x -s --slow --session-timeout=$(RELIABILITY_SECONDS) \
+	  tests/reliability tests/train/test_loop.py tests/train/test_checkpoint.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info

@@ -104,6 +104,20 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     assert str(holder.pid) in notices[0]
 
 
+def test_files_that_a_killed_process_was_writing_are_deleted(tmp_path):
+  dead = subprocess.Popen(['true'])
+  dead.wait()
+  torn = [f'.metrics.{dead.pid}.tmp.jsonl', f'.log.{dead.pid}.tmp']
+  kept = [f'.metrics.{os.getpid()}.tmp.jsonl', f'metrics.{dead.pid}.tmp.jsonl', '.a.b.tmp',
+          f'.a.{"9" * 30}.tmp']
+  for name in (*torn, *kept):
+    (tmp_path / name).write_text('{')
+  (tmp_path / f'.model.{dead.pid}.tmp').mkdir()  # has a lock of its own; see `atomic_directory`
+  with outputs.claim_directory(tmp_path):
+    left = set(os.listdir(tmp_path))
+  assert left == {*kept, f'.model.{dead.pid}.tmp', outputs.LOCK_NAME}
+
+
 def test_unreadable_lock_file_is_harmless(tmp_path):
   (tmp_path / outputs.LOCK_NAME).write_text('garbage')
   with outputs.claim_directory(tmp_path):

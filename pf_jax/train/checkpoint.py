@@ -56,6 +56,8 @@ def _warn(message: str) -> None:
 
 def _reason(error: Exception) -> str:
   """What the system said, out of TensorStore's account of every layer it came through."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   lines = str(error).strip().splitlines() or [repr(error)]
   found = re.search(r'([^:\[\]]+) \[os_error_code', lines[-1])
   return found[1].strip() if found else lines[-1].rstrip('.')

@@ -112,7 +112,7 @@ def main():
   workdir = place / 'saves'
   save(workdir, 1)
   needed = sum(path.stat().st_blocks * 512 for path in workdir.rglob('*'))
-  for free in np.linspace(0, 0.9 * needed, offsets):
+  for free in np.linspace(0, 0.95 * needed, offsets):
     print(json.dumps(try_save(place, workdir, int(free))), flush=True)
   shutil.rmtree(workdir)
   print(json.dumps(try_run(place)), flush=True)

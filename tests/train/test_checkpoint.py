@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 import pathlib
 import resource
 import shutil
@@ -143,6 +145,39 @@ def test_step_without_manifest_is_used_and_said(tmp_path):
   assert 'no manifest' in warnings[0]
 
 
+def test_a_deleted_step_can_be_written_again(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  shutil.rmtree(tmp_path / 'checkpoints' / '00000002')  # by hand, or by a run that was killed then
+  save_steps(tmp_path, 2)
+  (loaded, _), warnings = restore(tmp_path)
+  assert int(loaded.step) == 2
+  assert warnings == []
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"files": []}', '{"files": {"a": 1}}',
+                                  '{"files": {"a": [1]}}'])
+def test_unreadable_manifest_is_damage(text, tmp_path):
+  save_steps(tmp_path, 1)
+  (tmp_path / 'checkpoints' / 'manifests' / '00000001.json').write_text(text)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert 'manifest unreadable' in checkpoints.damage(1)
+
+
+def test_unreadable_file_is_damage(tmp_path, monkeypatch):
+  save_steps(tmp_path, 1, 2)
+  crc32_of = checkpoint.crc32_of
+
+  def bad_sector(path):
+    if '00000002' in str(path):
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return crc32_of(path)
+
+  monkeypatch.setattr(checkpoint, 'crc32_of', bad_sector)
+  (loaded, _), warnings = restore(tmp_path)
+  assert int(loaded.step) == 1
+  assert 'is unreadable (Input/output error)' in warnings[0]
+
+
 def test_torn_step_without_manifest_falls_back(tmp_path):
   save_steps(tmp_path, 1, 2)
   (tmp_path / 'checkpoints' / 'manifests' / '00000002.json').unlink()
@@ -156,8 +191,11 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
   save_steps(tmp_path, 1)
   leftover = tmp_path / 'checkpoints' / '00000002.orbax-checkpoint-tmp'
   shutil.copytree(tmp_path / 'checkpoints' / '00000001', leftover)
+  manifest = tmp_path / 'checkpoints' / 'manifests' / '.00000002.99.tmp.json'
+  manifest.write_text('{')
   assert int(restore(tmp_path)[0][0].step) == 1
   assert not leftover.exists()
+  assert not manifest.exists()
 
 
 @contextlib.contextmanager
@@ -190,6 +228,29 @@ def test_full_disk_is_one_error_and_leaves_the_earlier_step(tmp_path):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(big_state(2))
   assert int(restore(tmp_path, big_state(0))[0][0].step) == 2
+
+
+def test_no_room_for_the_manifest_is_the_same_error(tmp_path, monkeypatch):
+  save_steps(tmp_path, 1)
+
+  def full(path, value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.outputs, 'write_json', full)
+    with pytest.raises(checkpoint.CheckpointNotSaved, match=r': No space left on device\. Step'):
+      save_steps(tmp_path, 2)
+  assert int(restore(tmp_path)[0][0].step) in (1, 2)
+
+
+def test_damaged_newest_step_does_not_change_what_is_loaded(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      made = at_step(make_state(1.0), step)
+      average = jax.tree.map(lambda leaf: leaf + 1, made.ema)
+      checkpoints.save(dataclasses.replace(made, ema=average))
+  shutil.rmtree(tmp_path / 'checkpoints' / '00000002' / 'ema')
+  assert float(checkpoint.load_params(tmp_path, make_state().params)['w'][0, 0]) == 2
 
 
 def test_parameters_alone(tmp_path):
