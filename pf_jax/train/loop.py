@@ -76,7 +76,7 @@ class _Window:
       peak: FLOP/s of all devices; 0 if FLOPs are not counted.
     """
     rows = jax.device_get(self.steps)
-    seconds = time.monotonic() - self.since
+    seconds = max(time.monotonic() - self.since, 1e-9)
     values: dict[str, float] = {}
     for name in dict.fromkeys(name for row in rows for name in row):  # players differ in theirs
       column = np.array([row[name] for row in rows if name in row], np.float64)
