@@ -120,6 +120,11 @@ class LatentStore:
     _check_expected(self.path, self.spec, expect or {})
     self._arrays = {name: _open_array(self.path, name, self.spec) for name in self.spec.arrays}
 
+  @property
+  def crc32(self) -> int:
+    """Of the spec, which says what the content was made from."""
+    return zlib.crc32(json.dumps(self.spec.to_json(), sort_keys=True).encode())
+
   def __len__(self) -> int:
     return self.spec.count
 

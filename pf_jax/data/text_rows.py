@@ -45,6 +45,11 @@ class TextStore:
     rows = self._store[index]['rows']
     return {'rows': np.pad(rows, ((0, self._rows - len(rows)), (0, 0)))}
 
+  @property
+  def crc32(self) -> int:
+    """Of what the store was made from: prompts, text encoder, tokenizer."""
+    return self._store.crc32
+
   def prompt(self, index: int) -> str:
     """The prompt of a record."""
     return self._store[index]['text'].tobytes().rstrip(b'\0').decode()

@@ -15,7 +15,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import clips, evaluation, loop, networks, plan
+from pf_jax.train import clips, evaluation, loop, plan, sharding
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher_forcing import CausalObjective, TeacherForcingSpec
@@ -76,7 +76,7 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
                                clip_blocks=stage.clip_blocks)
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    models = networks.on_one_card(objective.assemble(params))
+    models = sharding.on_one_card(objective.assemble(params))
     save(stage, models, step, workdir)
     encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
     return sampler.judge(models.without_text(), encode, (stage.eval_blocks,), step, workdir)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.released import ReleasedWeights
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec, SamplerSpec
-from pf_jax.train import checks, clips, evaluation, loop, networks, plan, self_forcing
+from pf_jax.train import checks, clips, evaluation, loop, networks, plan, self_forcing, sharding
 from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.dmd import CRITIC, GENERATOR, DmdBatch, DmdObjective, DmdSpec, Frozen, Lora
 from pf_jax.train.lora import LoraSpec
@@ -151,6 +152,9 @@ class DmdStage:
 class PromptSource(source.Source, Protocol):
   """Records with text rows `rows` [rows, D], and the prompts that they are of."""
 
+  @property
+  def crc32(self) -> int: ...
+
   def prompt(self, index: int) -> str: ...
 
 
@@ -168,6 +172,11 @@ class PromptRows:
   def prompt(self, index: int) -> str:
     """The text of a record."""
     return self._prompts[index]
+
+  @property
+  def crc32(self) -> int:
+    """Of the prompts."""
+    return zlib.crc32('\n'.join(self._prompts).encode())
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -216,18 +225,6 @@ def open_prompts(stage: DmdStage, origin: Origin) -> PromptSource:
   return text_rows.TextStore(stage.prompts, text.max_tokens, text.width)
 
 
-def load_teacher(stage: DmdStage, origin: Origin) -> CausalTransformer:
-  """The teacher in full precision.
-
-  Raises:
-    PackageError: it reads or draws something else than the student.
-  """
-  teacher = stage.teacher_origin()
-  if isinstance(origin, PackagedOrigin) and isinstance(teacher, PackagedOrigin):
-    networks.check_teacher(origin.models(), teacher, stage.self_forcing.window_blocks)
-  return teacher.transformer()  # released networks have one VAE and one text encoder
-
-
 def make_objective(stage: DmdStage, origin: Origin, seed: int) -> DmdObjective:
   """The objective; what does not move is loaded, what is trained is loaded by `init`.
 
@@ -235,16 +232,22 @@ def make_objective(stage: DmdStage, origin: Origin, seed: int) -> DmdObjective:
     PackageError: there is no usable teacher.
     ValueError: choices that do not fit the student.
   """
-  rollout = stage.rollout(origin.spec, training=True)
-  teacher = networks.cast(load_teacher(stage, origin), stage.frozen_dtype)
+  rollout, teacher_origin = stage.rollout(origin.spec, training=True), stage.teacher_origin()
+  if isinstance(origin, PackagedOrigin) and isinstance(teacher_origin, PackagedOrigin):
+    # Released networks have one VAE and one text encoder.
+    networks.check_teacher(origin.models(), teacher_origin, stage.self_forcing.window_blocks)
+
+  def load(source: Origin) -> CausalTransformer:
+    return networks.with_remat(source.transformer(), stage.remat)
+
+  teacher = networks.cast(load(teacher_origin), stage.frozen_dtype)
   empty = jnp.asarray(origin.text_rows([stage.negative_prompt]))
   base = None
   if stage.lora.rank:
-    base = networks.cast(networks.with_remat(origin.transformer(), stage.remat), stage.frozen_dtype)
+    base = networks.cast(load(origin), stage.frozen_dtype)
 
   def start():
-    return (networks.with_remat(origin.transformer(), stage.remat), origin.compressor(),
-            networks.with_remat(load_teacher(stage, origin), stage.remat))
+    return load(origin), origin.compressor(), load(teacher_origin)
 
   return DmdObjective(origin.spec, origin.vae(), start, Frozen(teacher, empty, base), rollout,
                       stage.self_forcing, stage.objective, seed,
@@ -268,7 +271,7 @@ def sketch(stage: DmdStage, config: TrainConfig) -> plan.Sketch:
   def rows(count: int) -> Any:
     return jax.ShapeDtypeStruct((count, text.max_tokens, text.width), jnp.float32)
 
-  frozen = Frozen(jax.eval_shape(lower, networks.with_remat(critic, False)), rows(1),
+  frozen = Frozen(jax.eval_shape(lower, critic), rows(1),
                   jax.eval_shape(lower, student) if stage.lora.rank else None)
   count = max(stage.videos // config.accumulate, 1)
 
@@ -332,7 +335,7 @@ def sample_evaluation(stage: DmdStage, objective: DmdObjective, origin: Origin,
                                clip_blocks=stage.self_forcing.window_blocks)
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    student = networks.on_one_card(objective.student(params[GENERATOR]))
+    student = sharding.on_one_card(objective.student(params[GENERATOR]))
     save(stage, origin, student, step, workdir)
     return sampler.judge(student, lambda _: rows, stage.eval_blocks, step, workdir)
 
@@ -360,6 +363,7 @@ def train_dmd(stage: DmdStage, config: TrainConfig, workdir: str | os.PathLike) 
   prompts = open_prompts(stage, origin)
   objective = make_objective(stage, origin, config.seed)
   evaluate = sample_evaluation(stage, objective, origin, prompts, workdir)
-  about = {'student': origin.digests(), 'teacher': stage.teacher_origin().digests()}
+  about = {'student': origin.digests(), 'teacher': stage.teacher_origin().digests(),
+           'prompts_crc32': prompts.crc32}
   return loop.fit(objective, prompt_batches(prompts, stage.videos, config.seed), config, workdir,
                   evaluate=evaluate, optimizers=stage.optimizers(config.optimizer), about=about)

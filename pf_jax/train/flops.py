@@ -93,9 +93,11 @@ class _Counter:
     self._recomputation, self._trips = recomputation, trips
 
   def jaxpr(self, jaxpr: core.Jaxpr) -> int:
+    """Of all equations."""
     return sum(self.equation(equation) for equation in jaxpr.eqns)
 
   def equation(self, equation: core.JaxprEqn) -> int:
+    """Of one, with the functions inside it."""
     name = equation.primitive.name
     if name in _UNKNOWN:
       raise ValueError(f'the operations of the primitive {name!r} are not to be seen in its trace; '

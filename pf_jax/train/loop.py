@@ -144,9 +144,11 @@ class _Run:
     return batch
 
   def save(self, step: int) -> None:
+    """Starts a checkpoint."""
     self.checkpoints.save(self.state, meta={'data_position': step, 'about': dict(self.about)})
 
   def log(self, step: int) -> None:
+    """Writes and shows what the steps since the last record measured; stops a run gone wrong."""
     self.metrics = self.window.fetch(self.peak)
     self.writer.write(step, self.metrics)
     shown = ('loss', 'grad_norm', 'steps_per_second', 'mfu')
@@ -162,6 +164,7 @@ class _Run:
                         '(loss or gradient not finite).')
 
   def run_evaluation(self, step: int) -> None:
+    """Judges the averaged parameters, if somebody is to."""
     if self.evaluate is None:
       return
     params = self.state.params if self.state.ema is None else self.state.ema

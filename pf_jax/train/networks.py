@@ -9,7 +9,6 @@ import abc
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +24,9 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.models.vae import WanVae
-from pf_jax.released import ReleasedWeights
+from pf_jax.released import OpenedWeights, ReleasedWeights
 from pf_jax.types import PyTree
 from pf_jax.weights import export, package
-from pf_jax.weights.load import load_network
 
 
 class Origin(abc.ABC):
@@ -140,19 +138,20 @@ class ReleasedOrigin(Origin):
   def spec(self) -> ModelSpec:
     return self._weights.model
 
+  def _open(self) -> OpenedWeights:
+    return self._weights.open(say=lambda note: None)
+
   def vae(self) -> WanVae:
-    return load_network(pathlib.Path(self._weights.directory), self.spec.vae)
+    return self._open().vae.load()
 
   def transformer(self) -> CausalTransformer:
-    path = self._weights.transformer or self._weights.directory
-    return load_network(pathlib.Path(path), self.spec.transformer, entry=self._weights.entry)
+    return self._open().transformer.load()
 
   def compressor(self) -> Compressor:
-    path = self._weights.compressor
-    return released.load_compressor(self.spec, None if path is None else pathlib.Path(path), print)
+    return released.load_compressor(self.spec, self._open().compressor, print)
 
   def prompt_encoder(self) -> PromptEncoder:
-    return self._weights.open().prompt_encoder(self.spec)
+    return self._open().prompt_encoder(self.spec)
 
   def digests(self) -> dict[str, str]:
     return self._digests(lambda network: network not in self._TEXT)
@@ -186,7 +185,7 @@ def check_teacher(student: Models, teacher: PackagedOrigin, blocks: int) -> None
   for name, remedy in (('text', 'train it with the text encoder frozen (group_scale.text=0)'),
                        ('vae', 'train both on one VAE')):
     if (getattr(student.spec, name) != getattr(other.spec, name)
-        or not same_values(getattr(student, name), getattr(other, name))):
+        or not _same_values(getattr(student, name), getattr(other, name))):
       raise package.PackageError(f'the teacher {teacher.directory} has other weights of the part '
                                  f'{name!r} than the student; {remedy}.')
   trained = teacher.about.get('clip_blocks', blocks)
@@ -202,8 +201,7 @@ def cast(tree: PyTree, dtype: str) -> PyTree:
       lambda x: x.astype(wanted) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def same_values(a: PyTree, b: PyTree) -> bool:
-  """Whether two modules of one structure hold the same numbers."""
+def _same_values(a: PyTree, b: PyTree) -> bool:
   same = jax.tree.map(lambda x, y: x.shape == y.shape and bool(jnp.all(x == y)), a, b)
   return jax.tree.all(same)
 
@@ -218,8 +216,3 @@ def with_remat(transformer: CausalTransformer, remat: bool) -> CausalTransformer
   transformer = jax.tree.map(lambda x: x, transformer)
   transformer.spec = dataclasses.replace(transformer.spec, remat=remat)
   return transformer
-
-
-def on_one_card(tree: PyTree) -> PyTree:
-  """The arrays whole on the first device, for sampling beside a training on several."""
-  return jax.device_put(tree, jax.local_devices()[0]) if jax.local_device_count() > 1 else tree

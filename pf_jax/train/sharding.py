@@ -67,12 +67,9 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
   return jax.device_put(tree, state_shardings(tree, mesh))
 
 
-def place_whole(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Puts a copy on every card: right for networks of convolutions that are not trained.
-
-  XLA would gather their split weights ahead of many of them at once, and keep as many activations.
-  """
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def on_one_card(tree: PyTree) -> PyTree:
+  """The arrays whole on the first device, for sampling beside a training on several."""
+  return jax.device_put(tree, jax.local_devices()[0]) if jax.local_device_count() > 1 else tree
 
 
 def constrain(tree: PyTree) -> PyTree:

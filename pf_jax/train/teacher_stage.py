@@ -18,7 +18,7 @@ from pf_jax.models.prompt_encoder import PromptEncoder
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.rollout.bidirectional import ClipSamplerSpec, sample_clip
 from pf_jax.rollout.rollout import to_frames
-from pf_jax.train import clips, evaluation, loop, networks, plan
+from pf_jax.train import clips, evaluation, loop, plan, sharding
 from pf_jax.train.clips import ClipStage
 from pf_jax.train.config import TrainConfig
 from pf_jax.train.teacher import TeacherObjective, TeacherSpec
@@ -65,7 +65,7 @@ def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenize
   keys_values = jax.jit(lambda models, rows: models.transformer.text_keys_values(rows))
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
-    models = networks.on_one_card(objective.assemble(params))
+    models = sharding.on_one_card(objective.assemble(params))
     save(models, stage.clip_blocks, step, workdir)
     encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
     text, negative = (keys_values(models, jnp.asarray(encode(texts, allow_empty=True)))

@@ -33,7 +33,7 @@ def test_the_distillation_fits(cards):
   steps = [name for name in made.programs if name.startswith('step of')]
   assert len(steps) == 2
   assert made.peak < CARD_BYTES
-  # A copy of what later blocks see for each block of the window would be 20 GB.
+  # A cache for each of five blocks, 4.3 GB by `CacheSpec.partition_bytes`, would be 21 GB more.
   assert max(made.programs[name] for name in steps) < 45e9
   if cards == 8:  # an eighth of what one card holds
     trained = made.resident['trained parameters'] + made.resident['optimizer']
