@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.train = ConfigDict(dict(
       steps=2 if tiny else 4000, seed=0, log_every=1 if tiny else 25,
       save_every=2 if tiny else 100, keep=3, eval_every=2 if tiny else 500, ema_decay=0.99,
-      max_skipped_in_a_row=20))
+      max_skipped_in_a_row=20, accumulate=1, devices=0))
   config.train.optimizer = ConfigDict(dict(
       name='muon', learning_rate=1e-2, adam_learning_rate=2e-3, schedule='wsd',
       warmup_steps=30, decay_steps=600, final_fraction=0.02, weight_decay=0.01, clip_norm=1.0,

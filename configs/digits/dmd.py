@@ -37,6 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.critic_learning_rate = 2e-4
   config.lora = ConfigDict(dict(rank=0))
   config.critic_lora = ConfigDict(dict(rank=0))
+  config.remat = False
   config.world = base.world.copy_and_resolve_references()
   config.eval_blocks = (2,) if tiny else (5, 30)
   config.tokenizer = ''

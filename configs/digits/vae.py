@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.train = ConfigDict(dict(
       steps=4 if tiny else 2000, seed=0, log_every=2 if tiny else 25,
       save_every=2 if tiny else 100, keep=3, eval_every=4 if tiny else 500, ema_decay=0.99,
-      max_skipped_in_a_row=20))
+      max_skipped_in_a_row=20, accumulate=1, devices=0))
   config.train.optimizer = ConfigDict(dict(
       name='muon', learning_rate=2e-2, adam_learning_rate=1e-2, schedule='cosine', warmup_steps=20,
       final_fraction=0.01, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.99))

@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.train = ConfigDict(dict(
       steps=2 if tiny else 3000, seed=0, log_every=1 if tiny else 10, save_every=2 if tiny else 100,
       keep=2, eval_every=2 if tiny else 500, ema_decay=0.99, accumulate=1 if tiny else 8,
-      max_skipped_in_a_row=10))
+      devices=0, max_skipped_in_a_row=10))
   config.train.optimizer = ConfigDict(dict(
       name='adamw', learning_rate=2e-6, schedule='constant', warmup_steps=0, weight_decay=0.01,
       clip_norm=10.0, b1=0.0, b2=0.999))

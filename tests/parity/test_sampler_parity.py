@@ -95,13 +95,9 @@ def test_gate_fails_a_wrong_sampler(wrong):
 
 
 def test_gate_fails_a_history_that_is_not_taken_for_clean(monkeypatch):
-  def clean_pass(models, latents, compressed, text, *, slices, context_fn):
-    timesteps = jnp.full(latents.shape[:2], 1000 * SAMPLER.sigmas[-2])
-    out = models.transformer(latents, timesteps, text, slices=slices, context_fn=context_fn,
-                             compressed=compressed)
-    return out.keys_values, out.compressed, out.aux
-
-  monkeypatch.setattr(step, 'clean_pass', clean_pass)
+  clean_pass = step.clean_pass
+  monkeypatch.setattr(step, 'clean_pass', lambda *given, sigma, **named: clean_pass(
+      *given, sigma=SAMPLER.sigmas[-2], **named))
   first, second = _errors(_sample(WINDOWED, 2), _windowed()[:2])
   assert first <= GATE
   assert second > BITES

@@ -86,7 +86,7 @@ def test_a_missing_vae_is_named(stage, tmp_path):
 
 
 def test_a_run_moves_everything_but_the_vae_and_leaves_a_model_to_sample(stage, store, tmp_path):
-  config = TrainConfig(steps=3, log_every=1, save_every=3, eval_every=3, ema_decay=0.0)
+  config = TrainConfig(steps=3, log_every=1, save_every=3, eval_every=3, ema_decay=0.0, mfu=False)
   result = causal_stage.train_causal(stage, config, tmp_path)
   assert np.isfinite(result.metrics['loss'])
   loaded = pipeline.load(tmp_path)

@@ -69,19 +69,45 @@ def test_adapters_learn_from_a_store_of_prompts_in_parts(stage, models, tmp_path
   small = dataclasses.replace(
       stage, prompts=str(tmp_path / 'prompts'), lora=LoraSpec(rank=2), critic_lora=LoraSpec(rank=2),
       remat=True, eval_videos=1)
-  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0, mfu=False,
-                       accumulate=2, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
+  config = TrainConfig(steps=1, log_every=1, save_every=1, ema_decay=0.0, mfu=False, accumulate=2,
+                       optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
   result = dmd_stage.train_dmd(small, config, tmp_path / 'run')
-  trained = result.state.params['generator']['transformer']
+  generator = result.state.params['generator']
+  trained = generator['transformer']
   assert {type(adapter).__name__ for adapter in trained.values()} == {'Adapter'}
   assert min(float(np.abs(adapter.b).max()) for adapter in trained.values()) > 1e-4
+  student = dmd_stage.make_objective(small, origin, 0).student(generator)
+  dmd_stage.save(small, origin, student, 1, tmp_path / 'run')
   start, loaded = (package.load_model(path).models
                    for path in (stage.start, tmp_path / 'run' / 'model'))
   moved = np.abs(loaded.transformer.layers.self_attn.q.kernel
                  - start.transformer.layers.self_attn.q.kernel).max()
   assert moved > 1e-4  # merged
   np.testing.assert_array_equal(loaded.transformer.head.kernel, start.transformer.head.kernel)
-  assert (tmp_path / 'run' / 'samples.png').is_file()
+
+
+def test_evaluations_without_a_world_sample_the_first_prompts(stage, models, tmp_path, monkeypatch):
+  seen = {}
+
+  class Sampler:
+    def __init__(self, world, rollout, *, texts, clip_blocks):
+      seen.update(world=world, texts=texts, clip_blocks=clip_blocks)
+
+    def judge(self, student, encode, lengths, step, workdir):
+      seen.update(rows=encode(seen['texts']), lengths=lengths)
+      return {'sharpness/block_2': 1.0}
+
+  monkeypatch.setattr(dmd_stage.evaluation, 'Sampler', Sampler)
+  rows = np.arange(3, dtype=np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)
+  small = dataclasses.replace(stage, prompts='a store', eval_videos=2)
+  origin = stage.student_origin()
+  objective = dmd_stage.make_objective(small, origin, 0)
+  evaluate = dmd_stage.sample_evaluation(
+      small, objective, origin, dmd_stage.PromptRows(['one', 'two', 'three'], rows), tmp_path)
+  assert evaluate(objective.init(0), 7) == {'sharpness/block_2': 1.0}
+  assert (seen['world'], seen['texts'], seen['clip_blocks']) == (None, ['one', 'two'], 3)
+  np.testing.assert_array_equal(seen['rows'][:, 0, 0], [0, 1])
+  assert package.load_model(tmp_path / 'model').about == {'stage': 'dmd', 'step': 7}
 
 
 def test_prompts_are_functions_of_the_step():

@@ -116,7 +116,7 @@ def test_a_run_keeps_the_text_encoder_and_leaves_a_model(tmp_path):
       cache=micro.CHOICES['cache'], sampler=SamplerSpec('renoise', (1000.0, 500.0)),
       trajectory=ClipSamplerSpec(solver='euler', steps=2, guidance=2.0), eval_blocks=1,
       teacher_forcing=TeacherForcingSpec(sink_blocks=()))
-  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0,
+  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0, mfu=False,
                        optimizer=OptimizerConfig(warmup_steps=0, group_scale={'text': 0.0}))
   result = ode_stage.train_ode(stage, config, tmp_path / 'run')
   assert np.isfinite(result.metrics['loss'])

@@ -70,7 +70,7 @@ def test_a_run_leaves_a_model_and_a_picture(models, tmp_path):
       clip_blocks=3, encode_batch=2, phases=(clips.ClipPhase(1, clips=2),), world=micro.WORLD,
       objective=TeacherSpec(noise_levels=1),
       sampler=ClipSamplerSpec(solver='euler', steps=1, guidance=2.0))
-  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0,
+  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0, mfu=False,
                        optimizer=OptimizerConfig(warmup_steps=0))
   result = teacher_stage.train_teacher(stage, config, tmp_path / 'run')
   assert {'loss', 'clips', 'grad_norm'} <= set(result.metrics)
