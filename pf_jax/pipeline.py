@@ -232,7 +232,8 @@ def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any
   """Loads a model for sampling.
 
   Args:
-    checkpoint: a model directory, or the workdir of a training; None is the packaged model.
+    checkpoint: a model directory, the workdir of a training, or the name of a packaged model; None
+      is the packaged default.
     cache: fields of `CacheSpec` that differ from the model's own choice.
     sampler: fields of `SamplerSpec`, likewise.
 
@@ -252,19 +253,33 @@ def load(checkpoint: str | os.PathLike | None = None, *, cache: Mapping[str, Any
 def find_model(checkpoint: str | os.PathLike | None) -> pathlib.Path:
   """The model directory that `load` would read.
 
+  Args:
+    checkpoint: a directory with a model, or with one in its folder `model`. What does not exist is
+      looked for among the packaged ones: 'digits/causal'.
+
   Raises:
     PackageError: there is none.
   """
   if checkpoint is None:
     return PACKAGED
   root = pathlib.Path(checkpoint)
-  for directory in (root, root / MODEL_FOLDER):
+  places = [root, root / MODEL_FOLDER]
+  if not root.exists():
+    places.append(package.ROOT / root)
+  for directory in places:
     if (directory / package.SPEC_FILE).is_file():
       return directory
   reason = 'does not exist' if not root.exists() else 'holds no model'
   raise package.PackageError(
       f'checkpoint {str(root)!r} {reason}; wanted a directory with {package.SPEC_FILE} and '
-      f'{package.WEIGHTS_FILE}, or a training workdir with such a directory "{MODEL_FOLDER}".')
+      f'{package.WEIGHTS_FILE}, a training workdir with such a directory "{MODEL_FOLDER}", or one '
+      f'of {", ".join(packaged_models())}.')
+
+
+def packaged_models() -> list[str]:
+  """Names of the models that are part of the package, the default first."""
+  return sorted(path.parent.relative_to(package.ROOT).as_posix()
+                for path in package.ROOT.rglob(package.SPEC_FILE))
 
 
 def find_tokenizer(directory: pathlib.Path) -> pathlib.Path:

@@ -89,12 +89,13 @@ def test_impossible_choices(tiny, options, message):
 
 def test_where_models_are_found(tiny, tmp_path):
   assert pipeline_lib.find_model(None) == package.ROOT / 'digits'
+  assert pipeline_lib.find_model('digits/causal') == package.ROOT / 'digits' / 'causal'
   shutil.copytree(tiny.directory, tmp_path / 'run' / 'model')
   assert pipeline_lib.find_model(tmp_path / 'run') == tmp_path / 'run' / 'model'
   assert pipeline_lib.find_model(tmp_path / 'run' / 'model') == tmp_path / 'run' / 'model'
   with pytest.raises(package.PackageError, match=r'does not exist; wanted a directory with'):
     pf_jax.load(tmp_path / 'nowhere')
-  with pytest.raises(package.PackageError, match='holds no model'):
+  with pytest.raises(package.PackageError, match=r'holds no model.*one of digits, digits/causal'):
     pf_jax.load(tmp_path)
 
 

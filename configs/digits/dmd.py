@@ -30,7 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.train_sink_blocks = placeholder(int)  # those of `cache`
   config.sampler = base.sampler.copy_and_resolve_references()
   config.self_forcing = ConfigDict(dict(
-      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 5, context_noise=0.0))
+      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 5, beginnings=0.25,
+      context_noise=0.0))
   config.objective = ConfigDict(dict(
       guidance=3.0, generator_every=1 if tiny else 3, levels=1 if tiny else 4, shift=5.0,
       lowest=20.0, highest=980.0))

@@ -50,7 +50,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       solver='renoise', shift=5.0,
       steps=(1000.0, 500.0) if tiny else (1000.0, 750.0, 500.0, 250.0)))
   config.self_forcing = ConfigDict(dict(
-      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 20, context_noise=0.0))
+      window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 20, beginnings=0.0,
+      context_noise=0.0))
   config.objective = ConfigDict(dict(
       guidance=3.0, generator_every=1 if tiny else 5, levels=1, shift=5.0, lowest=20.0,
       highest=980.0))

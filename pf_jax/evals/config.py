@@ -26,10 +26,12 @@ def _check_blocks(judged: tuple[int, ...], blocks: int, given: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AblationConfig:
-  """Cache policies compared on the same prompts and the same noise.
+  """Cache policies, and perhaps models, compared on the same prompts and the same noise.
 
   Attributes:
     policies: name -> fields of `CacheSpec` that differ from the model's own choices.
+    samplers: policy -> fields of `SamplerSpec`, likewise.
+    checkpoints: policy -> another model to sample with, see `pipeline.find_model`.
     baseline: the policy that all others are compared with.
     starts: how videos begin: 'prompt' (text alone) or 'clip' (the first blocks are a true one).
     start_blocks: length of that true beginning.
@@ -42,6 +44,8 @@ class AblationConfig:
   """
 
   policies: Mapping[str, Mapping[str, Any]]
+  samplers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  checkpoints: Mapping[str, str] = dataclasses.field(default_factory=dict)
   baseline: str = 'pack'
   starts: tuple[str, ...] = STARTS
   start_blocks: int = 2
@@ -53,6 +57,10 @@ class AblationConfig:
     if self.baseline not in self.policies:
       raise ValueError(f'baseline={self.baseline!r} is not one of the policies '
                        f'{", ".join(self.policies)}; add it or name another.')
+    for section in ('samplers', 'checkpoints'):
+      if unknown := [name for name in getattr(self, section) if name not in self.policies]:
+        raise ValueError(f'{section} names {", ".join(unknown)}; wanted some of the policies '
+                         f'{", ".join(self.policies)}.')
     for name in self.policies:
       if not re.fullmatch(r'[a-z0-9][a-z0-9_]*', name):
         raise ValueError(f'the policy name {name!r} becomes a file name; use small letters, digits '

@@ -36,6 +36,8 @@ class Run:
     blocks: length.
     judged: judged blocks, from 1.
     cache: fields of `CacheSpec` that differ from the model's own.
+    sampler: fields of `SamplerSpec`, likewise.
+    checkpoint: another model than the evaluated one; None for that.
     branches: of the compressor; None leaves the model as it is.
     swapped: every video gets the prompt of another one, its noise stays.
   """
@@ -45,20 +47,27 @@ class Run:
   blocks: int
   judged: tuple[int, ...]
   cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  checkpoint: str | None = None
   branches: str | None = None
   swapped: bool = False
 
 
 def variant(pipeline: Pipeline, run: Run) -> Pipeline:
-  """The pipeline that makes a run's videos: other cache choices, other branches, same weights.
+  """The pipeline that makes a run's videos: other choices, other branches, same weights.
+
+  Args:
+    pipeline: of the run's model.
+    run: what to make.
 
   Raises:
-    ValueError: an unknown cache choice, or values that contradict each other.
+    ValueError: an unknown choice, or values that contradict each other.
   """
   models = pipeline.models
   if run.branches is not None and run.branches != models.spec.compressor.branches:
     models = with_branches(models, run.branches)
-  choices = {**pipeline.choices, 'cache': {**pipeline.choices['cache'], **run.cache}}
+  choices = {'cache': {**pipeline.choices['cache'], **run.cache},
+             'sampler': {**pipeline.choices['sampler'], **run.sampler}}
   try:
     return Pipeline(models, pipeline.prompts, choices=choices, directory=pipeline.directory)
   except (TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ import numpy as np
 
 import pf_jax
 from pf_jax import outputs
+from pf_jax import pipeline as pipeline_lib
 from pf_jax.evals import classifier as classifier_lib
 from pf_jax.evals import evaluator, parts, rollouts, tables
 from pf_jax.evals.config import EvaluateConfig
@@ -43,7 +44,8 @@ def plan(config: EvaluateConfig) -> list[Run]:
   ablation, asked = config.ablation, config.parts
   runs = [Run(name=f'{start}-{policy}', start_blocks=ablation.start_blocks * (start == 'clip'),
               blocks=ablation.blocks, judged=ablation.all_judged,
-              cache=ablation.policies[policy])
+              cache=ablation.policies[policy], sampler=ablation.samplers.get(policy, {}),
+              checkpoint=ablation.checkpoints.get(policy))
           for policy in ablation.names for start in ablation.starts]
   if not asked.blocks:
     return runs
@@ -124,6 +126,7 @@ class Study:
     """
     self.config, self.pipeline, self.root = config, pipeline, pathlib.Path(output)
     self.runs = plan(config)
+    self._others: dict[str, Pipeline] = {}
     self._variants: dict[str, Pipeline] = {}
     self._classifier = classifier_lib.load().model
     self.draws = rollouts.held_out(config.world, config.videos, config.seed)
@@ -143,21 +146,32 @@ class Study:
                  for name in (TRUTH, *(run.name for run in self.runs))}
 
   def _check(self) -> None:
-    config, video = self.config, self.pipeline.video
-    world = config.world
-    if (world.height, world.width, world.fps) != (video.height, video.width, video.fps):
-      raise StudyError(f'world is {world.height}x{world.width} at {world.fps} fps, the model\'s '
-                       f'videos are {video.height}x{video.width} at {video.fps}; set config.world '
-                       'to the model\'s size.')
+    config = self.config
     unknown = [name for name in config.headline if name not in evaluator.METRICS]
     if unknown or not config.headline:
       raise StudyError(f'headline={config.headline} must name some of '
                        f'{", ".join(evaluator.METRICS)}.')
+    self._check_size(self.pipeline)
     for run in self.runs:
-      rollouts.variant(self.pipeline, run)
+      self._check_size(rollouts.variant(self._model(run), run))
       if run.swapped:
         rollouts.swap_prompts([draw.prompt for draw in self.draws])
     self._judge((1,), [draw.prompt for draw in self.draws], [d.image_id for d in self.draws])
+
+  def _check_size(self, pipeline: Pipeline) -> None:
+    world, video = self.config.world, pipeline.video
+    if (world.height, world.width, world.fps) != (video.height, video.width, video.fps):
+      raise StudyError(f'world is {world.height}x{world.width} at {world.fps} fps, the model\'s '
+                       f'videos are {video.height}x{video.width} at {video.fps}; set config.world '
+                       'to the model\'s size.')
+
+  def _model(self, run: Run) -> Pipeline:
+    """The run's model as it is on disk, read once."""
+    if run.checkpoint is None:
+      return self.pipeline
+    if run.checkpoint not in self._others:
+      self._others[run.checkpoint] = pipeline_lib.load(run.checkpoint)
+    return self._others[run.checkpoint]
 
   def _inputs(self, name: str) -> Json:
     """Everything that a run's numbers depend on."""
@@ -165,10 +179,12 @@ class Study:
       return {**self._common, 'judged': self.config.ablation.all_judged,
               'clip_blocks': self.config.parts.clip_blocks}
     run = next(run for run in self.runs if run.name == name)
-    variant = rollouts.variant(self.pipeline, run)
+    variant = rollouts.variant(self._model(run), run)
+    chosen = ('cache', 'sampler', 'checkpoint')  # what they come to is below
     return {**self._common, **{f.name: getattr(run, f.name) for f in dataclasses.fields(run)
-                               if f.name != 'cache'},
-            'cache': variant.choices['cache'], 'branches': variant.models.spec.compressor.branches}
+                               if f.name not in chosen},
+            **variant.choices, 'branches': variant.models.spec.compressor.branches,
+            'model': digest(variant.models) if run.checkpoint else self._common['model']}
 
   def _judge(self, blocks: Sequence[int], prompts: Sequence[str],
              image_ids: Sequence[int] | None) -> evaluator.Judge:
@@ -228,8 +244,8 @@ class Study:
 
   def _variant(self, run: Run) -> Pipeline:
     """The run's pipeline; only the latest one keeps its compiled programs and memory."""
-    made = rollouts.variant(self.pipeline, run)
-    key = json.dumps([made.choices, made.models.spec.compressor.branches])
+    made = rollouts.variant(self._model(run), run)
+    key = json.dumps([run.checkpoint, made.choices, made.models.spec.compressor.branches])
     if key not in self._variants:
       self._variants = {key: made}
     return self._variants[key]

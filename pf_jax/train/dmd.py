@@ -232,10 +232,12 @@ class DmdObjective:
     return _adapted(frozen.teacher, params[CRITIC]['transformer'], self._lora.critic, merge=False)
 
   def plan(self, step: int) -> tuple[int, int]:
-    """Warm-up blocks and exit pass of a step's rollout, both uniform; shared by all its blocks."""
+    """Warm-up blocks and exit pass of a step's rollout, uniform but for `beginnings`; shared by all
+    its blocks."""
     draw = np.random.default_rng((self._seed, step, 1))  # prompts are drawn without the 1
-    return (int(draw.integers(self._self_forcing.warmup_blocks + 1)),
-            int(draw.integers(len(self.rollout.sampler.steps))))
+    warmup = int(draw.integers(self._self_forcing.warmup_blocks + 1))
+    exit_step = int(draw.integers(len(self.rollout.sampler.steps)))
+    return 0 if draw.random() < self._self_forcing.beginnings else warmup, exit_step
 
   def generate(self, params: PyTree, batch: DmdBatch, step: int) -> DmdBatch:
     """The student rolls out its prompts."""

@@ -45,6 +45,8 @@ class SelfForcingSpec:
     window_blocks: blocks of a rollout that are trained.
     warmup_blocks: most blocks before them; each rollout draws its own number from 0 on. Without
       them a short window hardly ever archives a block that a later one attends.
+    beginnings: share of the rollouts that draw no number and have no warm-up: only they train the
+      blocks that make something out of nothing, which long warm-ups would hardly ever reach.
     context_noise: noise level at which the window's blocks are remembered: the clean pass sees them
       so noisy, and is told so. They are decoded, compressed and judged clean.
 
@@ -54,12 +56,15 @@ class SelfForcingSpec:
 
   window_blocks: int = 5
   warmup_blocks: int = 0
+  beginnings: float = 0.0
   context_noise: float = 0.0
 
   def __post_init__(self):
     if self.window_blocks < 1 or self.warmup_blocks < 0:
       raise ValueError(f'window_blocks={self.window_blocks} must be at least 1 and warmup_blocks='
                        f'{self.warmup_blocks} not negative.')
+    if not 0 <= self.beginnings <= 1:
+      raise ValueError(f'beginnings={self.beginnings} is a share and must lie within 0..1.')
     if not 0 <= self.context_noise < 1:
       raise ValueError(f'context_noise={self.context_noise} must be at least 0 and below 1.')
 

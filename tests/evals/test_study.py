@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pf_jax import outputs
 from pf_jax.evals import classifier as classifier_lib
 from pf_jax.evals import evaluator, results, rollouts, study, tables
 from pf_jax.evals.config import AblationConfig, EvaluateConfig, PartsConfig
+from pf_jax.weights import package
 from tests.evals import micro
 
 pytestmark = pytest.mark.timeout(400)
@@ -130,6 +132,47 @@ def test_other_settings_are_refused_before_any_work(finished, pipeline, executed
     study.Study(dataclasses.replace(CONFIG, headline=('fid',)), pipeline, tmp_path)
   with pytest.raises(study.StudyError, match='instances=900 exceeds'):
     study.Study(dataclasses.replace(CONFIG, instances=900), pipeline, tmp_path)
+
+
+def test_policies_may_sample_other_models_in_other_passes(finished, pipeline, tmp_path,
+                                                          monkeypatch):
+  """Which pipeline makes which run; one model's weights are not another one's results."""
+  models = micro.models()
+
+  def save_other(factor):
+    models.transformer.head.kernel = factor * pipeline.models.transformer.head.kernel
+    package.save_model(tmp_path / 'other', models, choices=micro.CHOICES)
+
+  save_other(2)
+  ablation = AblationConfig(
+      {'pack': {}, 'other': {'top_k': 0}}, samplers={'other': {'steps': (1000.0, 500.0)}},
+      checkpoints={'other': str(tmp_path / 'other')}, starts=('prompt',), blocks=3, judged=(2, 3),
+      curve_every=0)
+  config = dataclasses.replace(CONFIG, ablation=ablation, parts=PartsConfig(2, blocks=0))
+  (tmp_path / 'study').mkdir()
+  shutil.copytree(finished.root / 'runs', tmp_path / 'study' / 'runs')
+  made = {}
+
+  def execute(self, run, *arguments):
+    made[run.name] = self._variant(run)
+    return {'report': finished.report('prompt-pack').to_dict()}
+
+  monkeypatch.setattr(study.Study, '_execute', execute)
+  results.run(config, pipeline, tmp_path / 'study', show=False)
+  assert set(made) == {'prompt-other'}  # the rest is kept
+  other = made['prompt-other']
+  assert (other.spec.cache.top_k, other.spec.sampler.steps) == (0, (1000.0, 500.0))
+  np.testing.assert_allclose(other.models.transformer.head.kernel,
+                             2 * pipeline.models.transformer.head.kernel, rtol=1e-3)
+  assert study.Study(config, pipeline, tmp_path / 'study').done['prompt-other'] is not None
+  save_other(3)
+  with pytest.raises(study.StudyError, match=r'prompt-other.json was made .* \(model\)'):
+    study.Study(config, pipeline, tmp_path / 'study')
+
+
+def test_checkpoints_of_unknown_policies_are_refused():
+  with pytest.raises(ValueError, match=r'checkpoints names teacher; wanted some of .* pack'):
+    AblationConfig({'pack': {}}, checkpoints={'teacher': 'x'})
 
 
 def test_damaged_results_and_directories_in_use(finished, pipeline, tmp_path):

@@ -125,8 +125,8 @@ def norm(tree) -> float:
 
 
 @functools.cache
-def gradients(moving):
-  made = objective()
+def gradients(moving, **choices):
+  made = objective(**choices)
   loss = jax.jit(jax.grad(made.loss, has_aux=True), static_argnames='moving')
   return loss(made.init(0), batch(), jax.random.key(1), moving=moving)
 
@@ -144,9 +144,7 @@ def test_each_loss_has_a_gradient_in_its_own_part_only():
 
 
 def test_a_critic_that_agrees_with_the_teacher_moves_nothing():
-  made = objective(guidance=0.0)
-  (_, _), gradient = jax.value_and_grad(made.loss, has_aux=True)(
-      made.init(0), batch(), jax.random.key(1), moving=BOTH)
+  gradient, _ = gradients(BOTH, guidance=0.0)
   assert norm(gradient[GENERATOR]) < 1e-4 * norm(gradients(BOTH)[0][GENERATOR])
 
 
@@ -165,6 +163,19 @@ def test_rollouts_are_functions_of_the_step():
   plans = [made.plan(i) for i in range(200)]
   assert plans == [made.plan(i) for i in range(200)]
   assert set(plans) == {(warmup, exit_step) for warmup in (0, 1) for exit_step in (0, 1)}
+
+
+def test_a_share_of_the_rollouts_begins_with_the_video():
+  def lengths(share):
+    spec = SelfForcingSpec(window_blocks=4, warmup_blocks=9, beginnings=share)
+    made = DmdObjective(MODELS.spec, MODELS.vae, lambda: (), Frozen(None, None), ROLLOUT, spec,
+                        DmdSpec(), seed=5)
+    return np.bincount([made.plan(step)[0] for step in range(3000)], minlength=10) / 3000
+
+  np.testing.assert_allclose(lengths(0.0), 0.1, atol=0.03)
+  np.testing.assert_allclose(lengths(0.5), [0.55] + 9 * [0.05], atol=0.03)
+  with pytest.raises(ValueError, match=r'beginnings=1\.5 is a share'):
+    SelfForcingSpec(beginnings=1.5)
 
 
 def test_the_critic_learns_what_the_student_makes():
