@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       window_blocks=3 if tiny else 5, warmup_blocks=1 if tiny else 5, beginnings=0.25,
       context_noise=0.0))
   config.objective = ConfigDict(dict(
-      guidance=3.0, generator_every=1 if tiny else 3, levels=1 if tiny else 4, shift=5.0,
+      guidance=1.0, generator_every=1 if tiny else 3, levels=1 if tiny else 4, shift=5.0,
       lowest=20.0, highest=980.0))
   config.critic_learning_rate = 2e-4
   config.lora = ConfigDict(dict(rank=0))

@@ -27,15 +27,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.start = 'runs/causal'
   config.teacher = 'runs/teacher'
   config.store = 'runs/trajectories'
-  config.clips = 2 if tiny else 512
+  config.clips = 2 if tiny else 224
   config.encode_batch = 2 if tiny else 16
   config.clips_per_shard = 32
   config.trajectory = ConfigDict(dict(
-      solver='euler', steps=4 if tiny else 48, shift=5.0, guidance=3.0, batched=False))
+      solver='euler', steps=4 if tiny else 48, shift=5.0, guidance=2.0, batched=False))
   config.phases = ((dict(until=1, clips=2, first_blocks=0),) if tiny else
-                   (dict(until=500, clips=4, first_blocks=0),))
-  config.train.steps = 2 if tiny else 500
+                   (dict(until=350, clips=4, first_blocks=0),))
+  config.train.steps = 2 if tiny else 350
   config.train.optimizer.update(dict(
-      learning_rate=3e-3, adam_learning_rate=5e-4, decay_steps=300, group_scale=dict(text=0.0)))
+      learning_rate=3e-3, adam_learning_rate=5e-4, decay_steps=250, group_scale=dict(text=0.0)))
   config.lock()
   return config

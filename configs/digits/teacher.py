@@ -29,15 +29,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     del config[name]
   config.start = '' if tiny else 'runs/causal'
   config.phases = ((dict(until=1, clips=2, first_blocks=2),) if tiny else
-                   (dict(until=1500, clips=8, first_blocks=8),))
+                   (dict(until=1000, clips=8, first_blocks=8),))
   config.objective = ConfigDict(dict(
       noise_levels=1 if tiny else 2, first_levels=1, first_weight=0.5, shift=5.0,
       uniform_share=0.2, loss='x0', drop_text=0.1))
   config.sampler = ConfigDict(dict(
-      solver='euler', steps=2 if tiny else 24, shift=5.0, guidance=3.0, batched=False))
-  config.train.steps = 2 if tiny else 1500
+      solver='euler', steps=2 if tiny else 24, shift=5.0, guidance=2.0, batched=False))
+  config.train.steps = 2 if tiny else 1000
   config.train.optimizer.update(dict(
-      learning_rate=5e-3, adam_learning_rate=1e-3, decay_steps=500,
+      learning_rate=5e-3, adam_learning_rate=1e-3, decay_steps=400,
       # Teacher, student and critic must read the same text rows.
       group_scale=dict(text=1.0 if tiny else 0.0)))
   config.lock()
