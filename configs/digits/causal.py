@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model = model.get_config('tiny' if tiny else None)
   config.vae = 'runs/vae/vae'
   config.store = 'runs/latents'
+  config.dataset = ''  # clips of `world`, in `store`; or a store of launch.prepare --videos=DIR
   config.clips = 4 if tiny else 2000
   config.clip_blocks = 5
   config.encode_batch = 2 if tiny else 4

@@ -6,6 +6,7 @@ One directory holds a `spec.json` and one zarr3 array per field, clips along the
   low_res   [N, ...]          float16, what the compressor's low-resolution branch sees
   ids, mask [N, ...]          the tokenized prompt
   digit, image_id, colour, rgb, direction, x, y, index: see `source.attribute_arrays`
+  text      [N, bytes]        of other videos: the caption, see `text_bytes`
 
 (the fields are those the encoder returns; the store itself knows no model). Every clip is its own
 zarr3 inner chunk with a crc32c, many clips share a shard file: random reads are small, files few,
@@ -16,14 +17,15 @@ by shard, and renamed at the end. `encode_clips` continues a partial one after a
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,27 +99,37 @@ class StoreSpec:
     return cls(data['count'], data['clips_per_shard'], arrays, data['about'])
 
 
+class CaptionedClip(NamedTuple):
+  """A clip to encode: pixels uint8 [T, H, W, 3], its prompt, and arrays to store beside."""
+
+  pixels: np.ndarray
+  prompt: str
+  fields: Mapping[str, np.ndarray]
+
+
 class LatentStore:
   """Read-only access to a complete store; a `source.Source` for `source.batches`."""
 
-  def __init__(self, path: str | os.PathLike, expect: Mapping[str, tuple[int, ...]] | None = None):
-    """Opens a store and checks that it is complete and of the expected shapes.
+  def __init__(self, path: str | os.PathLike, expect: Mapping[str, tuple[int, ...]] | None = None,
+               about: Mapping[str, Any] | None = None):
+    """Opens a store and checks that it is complete and what the caller relies on.
 
     Args:
       path: the store's directory.
-      expect: name -> shape of one clip's entry, for the fields the caller relies on.
+      expect: name -> shape of one clip's entry.
+      about: facts of `StoreSpec.about`.
 
     Raises:
-      StoreError: no such store, unfinished, damaged, or of other shapes.
+      StoreError: no such store, unfinished, damaged, or of other shapes or facts.
     """
     self.path = pathlib.Path(path)
     if not self.path.is_dir():
       partial = _partial(self.path)
       hint = (f'{partial} is unfinished; run the encoding again to complete it.'
-              if partial.is_dir() else 'encode one with `encode_clips`.')
+              if partial.is_dir() else 'make it with launch.prepare, or `encode_clips`.')
       raise StoreError(f'There is no latent store at {self.path}; {hint}')
     self.spec = StoreSpec.from_json(_read_checked_json(self.path / SPEC_FILE))
-    _check_expected(self.path, self.spec, expect or {})
+    _check_expected(self.path, self.spec, expect or {}, about or {})
     self._arrays = {name: _open_array(self.path, name, self.spec) for name in self.spec.arrays}
 
   @property
@@ -148,7 +160,9 @@ class LatentStore:
                        'it again.') from error
 
   def prompt(self, index: int) -> str:
-    """The prompt of a clip, rebuilt from its stored attributes."""
+    """The prompt of a clip: as it is stored, or rebuilt from stored attributes."""
+    if 'text' in self._arrays:
+      return self._arrays['text'][index].read().result().tobytes().rstrip(b'\0').decode()
     futures = [self._arrays[name][index].read() for name in ('digit', 'direction', 'colour')]
     digit, direction, colour = (int(future.result()) for future in futures)
     return digits.make_prompt(digit, digits.DIRECTIONS[direction],
@@ -200,7 +214,13 @@ def encode_clips(encode_fn: EncodeFn, world: digits.DigitsWorld, indices: Sequen
     raise ValueError(f'{batch_size=} must be at least 1.')
   if len(indices) < 1:
     raise ValueError(f'{len(indices)=} must be at least 1.')
-  return write_store(_ClipEncoder(encode_fn, world, frames, seed, split, batch_size), indices, path,
+
+  def render(indices: Sequence[int]) -> Iterator[CaptionedClip]:
+    for clip in (world.clip(int(i), seed, frames, split) for i in indices):
+      yield CaptionedClip(clip.pixels, clip.prompt,
+                          source_lib.attribute_arrays(clip.attributes, world))
+
+  return write_store(ClipEncoder(encode_fn, render, batch_size), indices, path,
                      facts=_facts(world, indices, frames, seed, split, about or {}),
                      clips_per_shard=clips_per_shard, overwrite=overwrite, progress=progress)
 
@@ -241,37 +261,45 @@ def write_store(make: MakeFn, indices: Sequence[int], path: str | os.PathLike, *
 
 
 @dataclasses.dataclass(frozen=True)
-class _ClipEncoder:
-  """Renders and encodes a run of clips, in batches of one fixed size."""
+class ClipEncoder:
+  """Reads and encodes a run of clips, in batches of one fixed size; for `write_store`.
+
+  Attributes:
+    encode_fn: see `encode_clips`.
+    read: indices -> their clips, in this order.
+    batch_size: clips per call of `encode_fn`.
+  """
 
   encode_fn: EncodeFn
-  world: digits.DigitsWorld
-  frames: int
-  seed: int
-  split: str
+  read: Callable[[Sequence[int]], Iterable[CaptionedClip]]
   batch_size: int
 
   def __call__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-    parts = [self._batch(indices[start:start + self.batch_size])
-             for start in range(0, len(indices), self.batch_size)]
+    clips, parts = iter(self.read(indices)), []
+    while batch := list(itertools.islice(clips, self.batch_size)):
+      parts.append(self._batch(batch))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-  def _batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-    clips = [self.world.clip(int(i), self.seed, self.frames, self.split) for i in indices]
+  def _batch(self, clips: list[CaptionedClip]) -> dict[str, np.ndarray]:
     # A short last batch repeats its last clip: a jitted encoder sees one shape only.
     filled = clips + [clips[-1]] * (self.batch_size - len(clips))
     pixels = digits.to_float(np.stack([clip.pixels for clip in filled]))
     encoded = self.encode_fn(pixels, [clip.prompt for clip in filled])
-    truth = [source_lib.attribute_arrays(clip.attributes, self.world) for clip in filled]
-    fields = {name: np.stack([t[name] for t in truth]) for name in truth[0]}
+    beside = {name: np.stack([clip.fields[name] for clip in filled]) for name in clips[0].fields}
+    fields = dict(beside)
     for name, value in encoded.items():
       value = np.asarray(value)
       if name in fields or value.shape[:1] != (self.batch_size,):
         raise ValueError(f'encode_fn returned {name!r} of shape {value.shape}; wanted a leading '
                          f'axis of {self.batch_size} clips and a name other than '
-                         f'{", ".join(truth[0])}.')
+                         f'{", ".join(beside)}.')
       fields[name] = storable(name, value)
-    return {name: value[:len(indices)] for name, value in fields.items()}
+    return {name: value[:len(clips)] for name, value in fields.items()}
+
+
+def text_bytes(text: str, size: int) -> np.ndarray:
+  """A text as `LatentStore.prompt` reads it: UTF-8, zeros up to `size` bytes."""
+  return np.frombuffer(text.encode().ljust(size, b'\0'), np.uint8)
 
 
 def storable(name: str, value: np.ndarray) -> np.ndarray:
@@ -358,13 +386,13 @@ def _check_same(path: pathlib.Path, got: Mapping, wanted: Mapping) -> None:
                      'directory or pass overwrite=True to replace it.')
 
 
-def _check_expected(path: pathlib.Path, spec: StoreSpec,
-                    expect: Mapping[str, tuple[int, ...]]) -> None:
-  wrong = {name: tuple(shape) for name, shape in expect.items()
-           if name not in spec.arrays or spec.arrays[name].shape != tuple(shape)}
-  if wrong:
-    got = {name: spec.arrays[name].shape if name in spec.arrays else None for name in wrong}
-    raise StoreError(f'The latent store {path} does not fit: {_differences(got, wrong)}; encode '
+def _check_expected(path: pathlib.Path, spec: StoreSpec, expect: Mapping[str, tuple[int, ...]],
+                    about: Mapping[str, Any]) -> None:
+  wanted = {**{name: tuple(shape) for name, shape in expect.items()}, **about}
+  got = {name: spec.arrays[name].shape for name in expect if name in spec.arrays}
+  got |= {name: spec.about[name] for name in about if name in spec.about}
+  if got != wanted:
+    raise StoreError(f'The latent store {path} does not fit: {_differences(got, wanted)}; encode '
                      'it again with this model, or use the model it was made with.')
 
 

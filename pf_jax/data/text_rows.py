@@ -52,7 +52,7 @@ class TextStore:
 
   def prompt(self, index: int) -> str:
     """The prompt of a record."""
-    return self._store[index]['text'].tobytes().rstrip(b'\0').decode()
+    return self._store.prompt(index)
 
 
 def write(encode: PromptEncoder, prompts: Sequence[str], path: str | os.PathLike, *,
@@ -83,8 +83,8 @@ def write(encode: PromptEncoder, prompts: Sequence[str], path: str | os.PathLike
 
   def make(indices: Sequence[int]) -> dict[str, np.ndarray]:
     rows = encode([prompts[i] for i in indices])[:, :longest]
-    text = [np.frombuffer(texts[i].ljust(size, b'\0'), np.uint8) for i in indices]
-    return {'rows': latents.storable('rows', rows), 'text': np.stack(text)}
+    text = np.stack([latents.text_bytes(prompts[i], size) for i in indices])
+    return {'rows': latents.storable('rows', rows), 'text': text}
 
   latents.write_store(make, range(len(prompts)), path, facts=facts, clips_per_shard=batch_size,
                       overwrite=overwrite)

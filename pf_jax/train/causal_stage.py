@@ -1,7 +1,7 @@
 """Stage "causal": trains on clips by teacher forcing and leaves a model to sample.
 
-Every evaluation samples a few blocks for one prompt of each class with the very programs that
-sampling uses, and writes `samples.png`.
+Every evaluation samples a few blocks for one prompt of each class, or for some captions of real
+videos, with the very programs that sampling uses, and writes `samples.png`.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class CausalStage(ClipStage):
 
 def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer: Tokenizer,
                       workdir: str | os.PathLike) -> Callable[[PyTree, int], dict[str, float]]:
-  """Samples one prompt per class and judges the last block; saves the model it judged.
+  """Samples a few prompts and judges the last block; saves the model it judged.
 
   Args:
     stage: settings.
@@ -72,7 +72,8 @@ def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer:
   Returns:
     (trained parts, step) -> metrics.
   """
-  sampler = evaluation.Sampler(stage.world, RolloutSpec(stage.cache_spec, stage.sampler),
+  world, prompts = clips.evaluation_prompts(stage)
+  sampler = evaluation.Sampler(world, RolloutSpec(stage.cache_spec, stage.sampler), texts=prompts,
                                clip_blocks=stage.clip_blocks)
 
   def evaluate(params: PyTree, step: int) -> dict[str, float]:
@@ -103,7 +104,7 @@ def train_causal(stage: CausalStage, config: TrainConfig,
 
   Raises:
     PackageError: there is no usable VAE at `stage.vae`.
-    StoreError: a store of other content is in the way.
+    StoreError: a store of other content is in the way, or no usable one at `stage.dataset`.
   """
   stage, models, tokenizer = clips.load_networks(stage, config.seed)
   store = clips.open_store(stage, models, tokenizer)

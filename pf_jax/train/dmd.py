@@ -232,8 +232,10 @@ class DmdObjective:
     return _adapted(frozen.teacher, params[CRITIC]['transformer'], self._lora.critic, merge=False)
 
   def plan(self, step: int) -> tuple[int, int]:
-    """Warm-up blocks and exit pass of a step's rollout, uniform but for `beginnings`; shared by all
-    its blocks."""
+    """Warm-up blocks and exit pass of a step's rollout; its blocks share them.
+
+    Both are uniform, but for the share of rollouts that begin with the video.
+    """
     draw = np.random.default_rng((self._seed, step, 1))  # prompts are drawn without the 1
     warmup = int(draw.integers(self._self_forcing.warmup_blocks + 1))
     exit_step = int(draw.integers(len(self.rollout.sampler.steps)))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ from pf_jax.weights import package
 class OdeStage(CausalStage):
   """Settings of the stage "ode", beside those of `CausalStage`.
 
-  `store` holds the trajectories, `clips` says how many, `encode_batch` how many at once.
+  `store` holds the trajectories, `clips` says how many, `encode_batch` how many at once. Their
+  prompts are those of `world`, or with `dataset` its captions.
 
   Attributes:
     teacher: model directory or workdir of the bidirectional teacher; it reads the student's text
@@ -70,6 +71,18 @@ def load_teacher(stage: OdeStage, models: Models) -> CausalTransformer:
   return teacher.transformer()
 
 
+def prompts(stage: OdeStage, seed: int) -> Callable[[int], str]:
+  """The prompt of every trajectory.
+
+  Raises:
+    StoreError: there is no store at `stage.dataset`.
+  """
+  if not stage.dataset:
+    return lambda index: stage.world.describe(index, seed).prompt
+  store = latents.LatentStore(stage.dataset)
+  return lambda index: store.prompt(index % len(store))
+
+
 class TrajectoryMaker:
   """What `latents.write_store` calls: indices to the fields of a `ClipBatch`.
 
@@ -84,7 +97,7 @@ class TrajectoryMaker:
   def __init__(self, stage: OdeStage, models: Models, teacher: CausalTransformer,
                tokenizer: Tokenizer, seed: int):
     self._stage, self._models, self._teacher, self._seed = stage, models, teacher, seed
-    self._tokenizer = tokenizer
+    self._tokenizer, self._prompt = tokenizer, prompts(stage, seed)
     self._encode = PromptEncoder(tokenizer, models.spec.text, lambda: models.text)
     frames, *rest = stage.model.video.block_latent_shape
     shape = (stage.clip_blocks * frames, *rest)
@@ -106,16 +119,16 @@ class TrajectoryMaker:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
   def _batch(self, indices: list[int]) -> dict[str, np.ndarray]:
-    count, world = len(indices), self._stage.world
+    count = len(indices)
     filled = indices + indices[-1:] * (self._stage.encode_batch - count)
-    prompts = [world.describe(index, self._seed).prompt for index in filled]
-    text, empty = (self._keys_values(self._teacher, jnp.asarray(self._encode(texts,
+    texts = [self._prompt(index) for index in filled]
+    text, empty = (self._keys_values(self._teacher, jnp.asarray(self._encode(given,
                                                                             allow_empty=True)))
-                   for texts in (prompts, ['']))
+                   for given in (texts, ['']))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self._seed)))(
         jnp.asarray(filled))
     way, x0, low = map(np.asarray, self._run(self._models, self._teacher, keys, text, empty))
-    tokens = self._tokenizer(prompts)
+    tokens = self._tokenizer(texts)
     fields = {'latents': latents.storable('latents', x0),
               'trajectory': latents.storable('trajectory', way),
               'lr_latents': latents.storable('lr_latents', low),
@@ -132,12 +145,14 @@ def open_trajectories(stage: OdeStage, models: Models, tokenizer: Tokenizer, see
     PackageError: there is no usable teacher.
   """
   directory = pipeline.find_model(stage.teacher)
+  texts = ({'captions_crc32': latents.LatentStore(stage.dataset).crc32} if stage.dataset else
+           {'world': dataclasses.asdict(stage.world)})
   facts = json.loads(json.dumps({
       'teacher': outputs.file_digest(directory / package.WEIGHTS_FILE), 'clips': stage.clips,
       'tokenizer': outputs.file_digest(clips.tokenizer_file(stage.tokenizer)),
       'blocks': stage.clip_blocks, 'sampler': dataclasses.asdict(stage.trajectory),
       'student_steps': stage.sampler.steps, 'shift': stage.sampler.shift,
-      'world': dataclasses.asdict(stage.world), 'seed': seed}))
+      **texts, 'seed': seed}))
   teacher = load_teacher(stage, models)
   return latents.write_store(TrajectoryMaker(stage, models, teacher, tokenizer, seed),
                              range(stage.clips), stage.store, facts=facts,

@@ -1,7 +1,7 @@
 """Stage "teacher": trains the bidirectional model on clips and leaves it to distil from.
 
-Every evaluation samples one clip for each class with the very sampler of the bidirectional baseline
-(`rollout.bidirectional`) and writes `samples.png`.
+Every evaluation samples one clip for each class, or for some captions of real videos, with the very
+sampler of the bidirectional baseline (`rollout.bidirectional`) and writes `samples.png`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class TeacherStage(ClipStage):
 
 def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenizer: Tokenizer,
                       workdir: str | os.PathLike) -> Callable[[PyTree, int], dict[str, float]]:
-  """Samples one clip per class and judges first and last block; saves the model it judged.
+  """Samples one clip per prompt and judges first and last block; saves the model it judged.
 
   Args:
     stage: settings.
@@ -52,7 +52,7 @@ def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenize
   Returns:
     (trained parts, step) -> metrics.
   """
-  prompts = evaluation.prompts(stage.world)
+  world, prompts = clips.evaluation_prompts(stage)
   frames, height, width, channels = stage.model.video.block_latent_shape
   shape = (len(prompts), stage.clip_blocks * frames, height, width, channels)
 
@@ -71,7 +71,7 @@ def sample_evaluation(stage: TeacherStage, objective: TeacherObjective, tokenize
     text, negative = (keys_values(models, jnp.asarray(encode(texts, allow_empty=True)))
                       for texts in (prompts, ['']))
     videos = np.asarray(sample(models, text, negative))
-    return evaluation.judge(videos, prompts, stage.world, stage.model.video,
+    return evaluation.judge(videos, prompts, world, stage.model.video,
                             (1, stage.clip_blocks), step, workdir)
 
   return evaluate
@@ -96,7 +96,7 @@ def train_teacher(stage: TeacherStage, config: TrainConfig, workdir: str | os.Pa
 
   Raises:
     PackageError: there is no usable VAE at `stage.vae`, or no model at `stage.start`.
-    StoreError: a store of other content is in the way.
+    StoreError: a store of other content is in the way, or no usable one at `stage.dataset`.
   """
   stage, models, tokenizer = clips.load_networks(stage, config.seed)
   store = clips.open_store(stage, models, tokenizer)

@@ -1,20 +1,14 @@
-"""Stage "teacher": what is dropped, what is learned, and a run from the command line's config."""
+"""The teacher's objective: what is dropped, what is learned. A run: test_clips.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pf_jax import pipeline
 from pf_jax.models.tokenizer import Tokenizer
 from pf_jax.pipeline import PACKAGED
-from pf_jax.rollout.bidirectional import ClipSamplerSpec
-from pf_jax.train import clips, teacher_stage
-from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.flow_matching import ClipBatch, FirstBlocks, FlowBatch
 from pf_jax.train.teacher import TeacherObjective, TeacherSpec, clip_loss
-from pf_jax.train.teacher_stage import TeacherStage
-from pf_jax.weights import package
 from tests.evals import micro
 from tests.train import learns
 
@@ -61,20 +55,3 @@ def test_it_learns_clips_and_first_blocks(models):
   objective = TeacherObjective(models, EMPTY, TeacherSpec(noise_levels=1, first_levels=1))
   assert learns.fall(objective, batch, steps=25) < 0.6
   assert set(objective.init(0)) == {'transformer', 'text'}
-
-
-def test_a_run_leaves_a_model_and_a_picture(models, tmp_path):
-  package.save_vae(tmp_path / 'vae', models.vae, models.spec.vae)
-  stage = TeacherStage(
-      model=micro.spec(), vae=str(tmp_path / 'vae'), store=str(tmp_path / 'store'), clips=2,
-      clip_blocks=3, encode_batch=2, phases=(clips.ClipPhase(1, clips=2),), world=micro.WORLD,
-      objective=TeacherSpec(noise_levels=1),
-      sampler=ClipSamplerSpec(solver='euler', steps=1, guidance=2.0))
-  config = TrainConfig(steps=1, log_every=1, save_every=1, eval_every=1, ema_decay=0.0, mfu=False,
-                       optimizer=OptimizerConfig(warmup_steps=0))
-  result = teacher_stage.train_teacher(stage, config, tmp_path / 'run')
-  assert {'loss', 'clips', 'grad_norm'} <= set(result.metrics)
-  loaded = pipeline.load(tmp_path / 'run').models
-  np.testing.assert_allclose(loaded.transformer.head.kernel[...],
-                             result.state.params['transformer'].head.kernel[...], atol=1e-3)
-  assert (tmp_path / 'run' / 'samples.png').stat().st_size > 1000
