@@ -32,6 +32,8 @@ def _train() -> int:
     raise ConfigError(f'config.stage={config.stage!r} is unknown{nearest(config.stage, STAGES)}; '
                       f'use {" or ".join(STAGES)}.')
   train = build(TrainConfig, config.train, 'config.train')
+  if _DRY_RUN.value:
+    _check_cards()
 
   from pf_jax import outputs
   from pf_jax.data.latents import StoreError
@@ -56,6 +58,17 @@ def _train() -> int:
   return 0
 
 
+def _check_cards() -> None:
+  """Refuses cards that a memory plan cannot be made for; needs no JAX."""
+  from pf_jax.aot.targets import TARGETS
+
+  if _CARD.value not in TARGETS:
+    raise ConfigError(f'--card={_CARD.value!r} is unknown{nearest(_CARD.value, TARGETS)}; use '
+                      f'{" or ".join(TARGETS)}.')
+  if wrong := [count for count in _CARDS.value if not count.isdigit() or not int(count)]:
+    raise ConfigError(f'--cards={",".join(wrong)} must be numbers of cards, such as 1,8.')
+
+
 def _plan(kind: Any, stage: Any, train: Any) -> int:
   """Prints the memory plan for some numbers of cards, with equal work for each card."""
   from pf_jax.aot.targets import TARGETS
@@ -63,11 +76,6 @@ def _plan(kind: Any, stage: Any, train: Any) -> int:
 
   if kind.sketch is None:
     raise ConfigError(f'the stage of {kind.settings.__name__} has no memory plan.')
-  if _CARD.value not in TARGETS:
-    raise ConfigError(f'--card={_CARD.value!r} is unknown{nearest(_CARD.value, TARGETS)}; use '
-                      f'{" or ".join(TARGETS)}.')
-  if wrong := [count for count in _CARDS.value if not count.isdigit() or not int(count)]:
-    raise ConfigError(f'--cards={",".join(wrong)} must be numbers of cards, such as 1,8.')
   fits = True
   for count in map(int, _CARDS.value):
     parts = max(train.accumulate // count, 1)

@@ -1,6 +1,7 @@
 """A tiny model on disk and its compiled pipeline, shared by the tests of sampling."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 
@@ -21,17 +22,21 @@ CHOICES = {'cache': {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 1, 'mid_capa
            'sampler': {'steps': [1000.0, 500.0]}}
 
 
+@functools.cache
+def _shapes() -> Models:
+  """Traced once in a process: it takes half a second."""
+  return jax.eval_shape(lambda: Models(tiny_model_spec(), rngs=nnx.Rngs(0)))
+
+
 def random_models(seed: int = 0) -> Models:
   """Random parameters of a size that keeps pictures varied, drawn without compiling anything."""
-  spec = tiny_model_spec()
-  shapes = jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
   rng = np.random.default_rng(seed)
 
   def draw(leaf):
     fan_in = max(int(np.prod(leaf.shape[-5:-1])), 1)
     return jnp.asarray(rng.standard_normal(leaf.shape) * (1.5 / fan_in**0.5), leaf.dtype)
 
-  return jax.tree.map(draw, shapes)
+  return jax.tree.map(draw, _shapes())
 
 
 @dataclasses.dataclass

@@ -43,10 +43,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.eval_blocks = (2,) if tiny else (5, 30)
   config.tokenizer = ''
   config.train = base.train.copy_and_resolve_references()
-  config.train.steps = 2 if tiny else 400
+  config.train.steps = 2 if tiny else 240
   config.train.log_every = 1 if tiny else 5
   config.train.save_every = 2 if tiny else 20
-  config.train.eval_every = 2 if tiny else 100
+  config.train.eval_every = 2 if tiny else 120
   config.train.optimizer.update(dict(
       name='adamw', learning_rate=1e-4, b1=0.0, b2=0.999, schedule='constant', warmup_steps=10,
       decay_steps=0, weight_decay=0.01, clip_norm=10.0))

@@ -1,6 +1,7 @@
 """All networks of one model and the spec that describes them."""
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -115,6 +116,16 @@ class Models(VideoModels):
   def without_text(self) -> VideoModels:
     """The networks that sampling needs once its prompts are encoded."""
     return VideoModels(self.spec, self.vae, self.transformer, self.compressor)
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(spec: ModelSpec) -> Models:
+  return jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
+
+
+def shapes(spec: ModelSpec) -> Models:
+  """The networks as shapes. Tracing takes half a second or more, so each size is traced once."""
+  return jax.tree.map(lambda x: x, _traced(spec))  # a module of the caller's own
 
 
 def init(spec: ModelSpec, seed: int = 0) -> Models:

@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 import jax
-from flax import nnx
 
-from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models import bundle
+from pf_jax.models.bundle import ModelSpec
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout.block import RolloutSpec
 from pf_jax.types import PyTree, tree_bytes
@@ -169,7 +169,7 @@ def budget(model: ModelSpec, spec: RolloutSpec, *, batch: int, blocks: int, vide
     quality: of the MP4, see `SampleSpec`.
     scratch: of the largest program, where it was compiled.
   """
-  models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)))
+  models = bundle.shapes(model)
   shapes = block_lib.input_shapes(models, batch, spec)
   video, state = model.video, shapes.state
   networks = {name: getattr(models, name) for name in ('text', 'transformer', 'vae', 'compressor')}

@@ -7,11 +7,8 @@ scratch that the compiler plans is part of the sum.
 import functools
 import pathlib
 
-import jax
-from flax import nnx
-
 from pf_jax.aot.targets import TARGETS
-from pf_jax.models.bundle import Models
+from pf_jax.models import bundle
 from pf_jax.released import ReleasedWeights
 from pf_jax.request import Request
 from pf_jax.rollout import block as block_lib
@@ -97,7 +94,7 @@ def planned_scratch(plan: Plan, target: str, say: Say) -> int:
   """
   from pf_jax.aot.compile import compile_for
 
-  models = jax.eval_shape(lambda: Models(plan.model, rngs=nnx.Rngs(0)).without_text())
+  models = bundle.shapes(plan.model).without_text()
   shapes = block_lib.input_shapes(models, plan.batch, plan.rollout)
   say(f'compiling a block for {TARGETS[target].name} ...')
   block = functools.partial(block_lib.sample_block, first=False, spec=plan.rollout)

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.compressor import CompressorSpec
 from pf_jax.models.text import TextSpec
@@ -51,5 +51,5 @@ def random_models(spec: ModelSpec, seed: int = 0) -> Models:
     fan_in = leaf.shape[1:-1] if 'layers' in names else leaf.shape[:-1]  # layers are stacked
     return jnp.asarray(noise / math.sqrt(math.prod(fan_in)), leaf.dtype)
 
-  shapes = jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
+  shapes = bundle.shapes(spec)
   return jax.tree_util.tree_map_with_path(draw, shapes)

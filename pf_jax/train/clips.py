@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pf_jax import outputs, pipeline
 from pf_jax.data import digits, latents, source
@@ -289,7 +288,7 @@ def sketch(stage: ClipStage, config: TrainConfig, make: Callable[[Models], Parts
     make: networks (shapes) -> objective.
     passes: levels of a teacher's trajectory that clips come with.
   """
-  nets = jax.eval_shape(lambda: Models(stage.model, rngs=nnx.Rngs(0)))
+  nets = bundle.shapes(stage.model)
   objective, video, text = make(nets), stage.model.video, stage.model.text
   phase = max(stage.phases, key=lambda p: p.clips * stage.clip_blocks + p.first_blocks)
   of_clip = clip_shapes(stage)

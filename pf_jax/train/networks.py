@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pf_jax import outputs, pipeline, released
+from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec, VideoModels
 from pf_jax.models.compressor import Compressor
 from pf_jax.models.prompt_encoder import PromptEncoder
@@ -208,7 +208,7 @@ def _same_values(a: PyTree, b: PyTree) -> bool:
 
 def shapes(spec: ModelSpec) -> VideoModels:
   """The networks of a model as shapes, without its text encoder: nothing is allocated."""
-  return jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)).without_text())
+  return bundle.shapes(spec).without_text()
 
 
 def with_remat(transformer: CausalTransformer, remat: bool) -> CausalTransformer:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from pf_jax import outputs
+from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec
 from pf_jax.models.vae import VaeSpec, WanVae
 from pf_jax.weights.rules import dotted
@@ -235,7 +236,7 @@ def load_model(directory: str | os.PathLike) -> Package:
   if data.get('weights_sha256', '') not in ('', hashlib.sha256(weights).hexdigest()):
     raise PackageError(f'{root / WEIGHTS_FILE} is damaged or belongs to another {SPEC_FILE}: its '
                        'checksum differs. Export or copy the model again.')
-  shapes = jax.eval_shape(lambda: Models(spec, rngs=nnx.Rngs(0)))
+  shapes = bundle.shapes(spec)
   models = _fill(shapes, weights, root / WEIGHTS_FILE)
   return Package(models, data['choices'], data['about'], root)
 

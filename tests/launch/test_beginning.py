@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +47,12 @@ def latents_of(directory):
           sorted((directory / 'latents' / '000' / 'latents').glob('[0-9]*'))]
 
 
+@jax.jit
+def encode(vae, pixels):
+  """Latents of uint8 pixels [T, H, W, 3]."""
+  return vae.encode(pixels[None].astype(jnp.float32) / 127.5 - 1)
+
+
 def floats(chunk):
   """The values of a stored block; a crc32c ends it."""
   return np.frombuffer(chunk[:-4], np.float32)
@@ -59,7 +67,7 @@ def test_a_clip_becomes_the_first_blocks(loaded, files, tmp_path):
   assert (metrics['given_blocks'], metrics['blocks'], metrics['frames']) == (3, 5, 77)
   assert (metrics['replayed_blocks'], metrics['sampled_blocks']) == (3, 2)
   given = beginning.read(loaded.pipeline.video, 5, lambda note: None)
-  wanted = loaded.pipeline.models.vae.encode(given[None].astype(np.float32) / 127.5 - 1)
+  wanted = encode(loaded.pipeline.models.vae, given)
   stored = np.concatenate([floats(block) for block in latents_of(tmp_path / 'run')[:3]])
   np.testing.assert_allclose(stored, np.asarray(wanted).ravel(), atol=2e-5)
   (path,) = (tmp_path / 'run').glob('*.mp4')
@@ -92,7 +100,7 @@ def test_a_picture_begins_the_first_block(loaded, files, tmp_path):
   assert 'the video begins with the picture; the rest of its first block is made around it.' in said
   assert (metrics['given_blocks'], metrics['blocks'], metrics['frames']) == (1, 5, 77)
   picture = Beginning(str(files / 'picture.png'), 'image').read(loaded.pipeline.video, 5, str)
-  wanted = loaded.pipeline.models.vae.encode(picture[None].astype(np.float32) / 127.5 - 1)
+  wanted = encode(loaded.pipeline.models.vae, picture)
   first = floats(latents_of(tmp_path / 'run')[0])
   np.testing.assert_allclose(first[:wanted.size], np.asarray(wanted).ravel(), atol=2e-5)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import shutil
-import subprocess
 import sys
 import types
 
@@ -25,8 +24,8 @@ from pf_jax.sampling.source import ModelSource
 from pf_jax.testing import random_models
 from pf_jax.types import tree_bytes
 from pf_jax.weights import hub, networks
-from tests.sampled import environment, loaded_fixture, tiny_fixture  # noqa: F401 (found by pytest)
-from tests.weights import checkpoints
+from tests.sampled import loaded_fixture, tiny_fixture  # noqa: F401 (found by pytest)
+from tests.weights import checkpoints, hostile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = '--config=configs/wan/t2v_1_3b.py'
@@ -37,11 +36,6 @@ REQUEST = Request(('a white seven',), 4.0)
 MEMORY = 10**9
 
 
-def launch(module, *arguments):
-  return subprocess.run([sys.executable, '-m', f'launch.{module}', *map(str, arguments)], cwd=ROOT,
-                        capture_output=True, text=True, timeout=300, env=environment())
-
-
 def plan_of(source=None, request=REQUEST, **options):
   said = []
   got = dry_run(request, SPEC, source or ModelSource(model=MODEL), say=said.append,
@@ -50,9 +44,11 @@ def plan_of(source=None, request=REQUEST, **options):
 
 
 def test_dry_run_counts_the_full_size_and_refuses_what_cannot_fit():
-  done = launch('sample', CONFIG, '--prompt=a', '--dry_run', '--memory_gb=141')
-  assert done.returncode == 0, done.stderr
-  lines = {line.rsplit('  ', 1)[0].strip(): line for line in done.stdout.splitlines()}
+  done, switches, small = hostile.launch('sample', [
+      [CONFIG, f'--prompt={prompt}', '--dry_run', f'--memory_gb={memory}']
+      for prompt, memory in (('a', 141), ('a | 3: b | 9: c', 141), ('a', 12))])
+  assert done.code == 0, done.err
+  lines = {line.rsplit('  ', 1)[0].strip(): line for line in done.out.splitlines()}
   # 6,240 tokens a block, 184,320 bytes a token over all layers; 182 tokens a compressed block.
   for name, size in (('cache: sink', 2 * 6240 * 184_320), ('cache: recent', 6240 * 184_320),
                      ('cache: archive', 128 * 182 * 184_320),
@@ -60,15 +56,13 @@ def test_dry_run_counts_the_full_size_and_refuses_what_cannot_fit():
                      ('transformer (1,418,996,800 parameters)', 2_873_1e5),
                      ('text (5,680,910,336 parameters)', 11_362_2e5)):
     assert f'{size / 1e9:.4f} GB' in lines[name], lines[name]
-  assert '27,872 keys per query from block 19 on' in done.stdout
-  assert "if the programs' scratch stays below 127.7 GB" in done.stdout
-  switches = launch('sample', CONFIG, '--prompt=a | 3: b | 9: c', '--dry_run', '--memory_gb=141')
+  assert '27,872 keys per query from block 19 on' in done.out
+  assert "if the programs' scratch stays below 127.7 GB" in done.out
   # 512 rows x 184,320 bytes over all layers, for each of three texts.
-  (line,) = (line for line in switches.stdout.splitlines() if line.startswith('text keys/values'))
+  (line,) = (line for line in switches.out.splitlines() if line.startswith('text keys/values'))
   assert line.endswith(f'{3 * 512 * 184_320 / 1e9:.4f} GB'), line
-  small = launch('sample', CONFIG, '--prompt=a', '--dry_run', '--memory_gb=12')
-  assert small.returncode == 1
-  assert small.stderr.startswith('error: 13.3 GB are needed, the device has 12.0 GB; lower cache.')
+  assert small.code == 1
+  assert small.err.startswith('error: 13.3 GB are needed, the device has 12.0 GB; lower cache.')
   # 120 blocks of 4 x 60 x 104 x 16 float32 and 30 x 16 selected numbers; 0.3 bits a pixel.
   assert f'{120 * (4 * 99_840 * 4 + 4 * 480) / 1e9:.4f} GB' in lines['on disk: latents']
   size = 1917 * 480 * 832 * 0.3 / 8

@@ -18,7 +18,7 @@ from pf_jax.testing import random_models
 from pf_jax.weights import convert, networks, package
 from pf_jax.weights.load import load_network
 from tests.sampled import environment
-from tests.weights import checkpoints, released
+from tests.weights import checkpoints, hostile, released
 
 pytestmark = pytest.mark.timeout(400)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -78,13 +78,21 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(('arguments', 'message'), MISTAKES, ids=[m for _, m in MISTAKES])
-def test_mistakes(tmp_path, arguments, message):
-  done = launch('sample', CONFIG, '--prompt=a', f'--output={tmp_path}/run', *arguments)
-  assert done.returncode in (1, 2)
-  assert message in done.stderr
-  assert all(line.startswith('error: ') for line in done.stderr.splitlines())
-  assert not list(tmp_path.rglob('*.mp4'))
+@pytest.fixture(scope='module')
+def mistaken(tmp_path_factory):
+  """What comes of each mistake, in one process; and where it would have written."""
+  out = tmp_path_factory.mktemp('mistaken')
+  commands = [[CONFIG, '--prompt=a', f'--output={out}/run', *given] for given, _ in MISTAKES]
+  return hostile.launch('sample', commands), out
+
+
+@pytest.mark.parametrize('number', range(len(MISTAKES)), ids=[m for _, m in MISTAKES])
+def test_mistakes(mistaken, number):
+  done, message = mistaken[0][number], MISTAKES[number][1]
+  assert done.code in (1, 2)
+  assert message in done.err
+  assert all(line.startswith('error: ') for line in done.err.splitlines())
+  assert not list(mistaken[1].rglob('*.mp4'))
 
 
 def test_weights_need_sizes():
@@ -97,16 +105,18 @@ def test_weights_need_sizes():
 def test_converting_from_the_command_line(tmp_path):
   """The released VAE's layout at full size would take half a gigabyte: what is refused is quick,
   what works is `convert`'s own test; here flags reach it."""
-  done = launch('convert', f'--source={tmp_path}', '--model=wan_1_3b', f'--output={tmp_path}/out')
-  assert done.returncode == 1
-  assert f'error: {tmp_path} holds no transformer' in done.stderr
+  flags = {'--model=wan': 'did you mean wan_14b?',
+           '--model=vae --format=npz': 'use one of safetensors, orbax, both',
+           '--model=vae --dtype=int8': 'use one of bfloat16, float32'}
+  missing, *unknown = hostile.launch('convert', [
+      [f'--source={tmp_path}', f'--output={tmp_path}/out', *flag.split()]
+      for flag in ('--model=wan_1_3b', *flags)])
+  assert missing.code == 1
+  assert f'error: {tmp_path} holds no transformer' in missing.err
   assert not (tmp_path / 'out').exists()
-  for flag, message in (('--model=wan', 'did you mean wan_14b?'),
-                        ('--model=vae --format=npz', 'use one of safetensors, orbax, both'),
-                        ('--model=vae --dtype=int8', 'use one of bfloat16, float32')):
-    done = launch('convert', f'--source={tmp_path}', f'--output={tmp_path}/out', *flag.split())
-    assert done.returncode == 2
-    assert message in done.stderr
+  for done, message in zip(unknown, flags.values(), strict=True):
+    assert done.code == 2
+    assert message in done.err
 
 
 @pytest.mark.slow

@@ -121,11 +121,10 @@ def test_file_in_place_of_the_directory_is_refused(tmp_path):
 
 @pytest.mark.timeout(400)
 def test_vae_stage_runs_and_resumes(tmp_path):
-  # Compiling dominates: the optimiser of XLA is left out.
+  # Compiling dominates: XLA_FLAGS are those of all tests (conftest.py).
   options = ['--config.train.optimizer.schedule=constant',
              '--config.train.log_every=1', f'--workdir={tmp_path}']
-  done = launch(CONFIG, *options, '--config.train.steps=2',
-                XLA_FLAGS='--xla_backend_optimization_level=0')
+  done = launch(CONFIG, *options, '--config.train.steps=2')
   assert done.returncode == 0, done.stderr
   assert 'finished at step 2' in done.stdout
   records = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
@@ -136,8 +135,7 @@ def test_vae_stage_runs_and_resumes(tmp_path):
   assert len(statistics['latent_mean']) == len(statistics['latent_std']) == 8
   assert min(statistics['latent_std']) > 0
   assert (tmp_path / 'vae' / 'vae.safetensors').stat().st_size > 1000
-  other = launch(CONFIG, *options, '--config.model.vae.base_width=4',
-                 XLA_FLAGS='--xla_backend_optimization_level=0')
+  other = launch(CONFIG, *options, '--config.model.vae.base_width=4')
   assert other.returncode == 1
   assert 'does not fit this configuration' in other.stderr
   assert 'Traceback' not in other.stderr
@@ -156,10 +154,18 @@ def test_a_dry_run_prints_the_memory_of_one_card_and_of_several(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--card=h2000'], 'did you mean h200?'),
+    (['--cards=1,x'], '--cards=x must be numbers'),
+    (['--cards=8,0'], '--cards=0 must be numbers')])
+def test_unknown_cards_are_refused_before_jax_is_imported(arguments, message, without_jax):
+  done = launch('--config=configs/digits/causal.py:tiny', *arguments, '--dry_run', **without_jax)
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
+  assert message in done.stderr
+
+
 @pytest.mark.parametrize(('arguments', 'code', 'message'), [
     (['--config=configs/digits/dmd.py', '--config.start=/nowhere'], 1, "'/nowhere' does not exist"),
-    (['--config=configs/digits/causal.py:tiny', '--card=h2000'], 2, 'did you mean h200?'),
-    (['--config=configs/digits/causal.py:tiny', '--cards=1,x'], 2, '--cards=x must be numbers'),
     (['--config=configs/digits/vae.py:tiny'], 2, 'VaeStage has no memory plan'),
 ])
 def test_dry_runs_that_cannot_be(arguments, code, message):

@@ -165,6 +165,24 @@ def test_rollouts_are_functions_of_the_step():
   assert set(plans) == {(warmup, exit_step) for warmup in (0, 1) for exit_step in (0, 1)}
 
 
+def test_operations_of_a_rollout_by_formula():
+  """Blocks of the warm-up take both passes, those of the window as many as it exits after."""
+  made, rows = objective(), MODELS.spec.text.max_tokens
+  params, given = made.init(0), DmdBatch(jnp.zeros((2, rows, MODELS.spec.text.width)), None)
+  counts = {made.plan(step): made.generation_flops(params, given, step) for step in range(40)}
+  early, whole = counts[0, 0] // 4, counts[0, 1] // 4
+  assert counts == {(0, 0): 4 * early, (0, 1): 4 * whole, (1, 0): whole + 4 * early,
+                    (1, 1): 5 * whole}
+  # A pass over two blocks of 64 tokens, whose history are two more and a compressed one of 8. The
+  # q, k, v, o of the tokens; q and o towards the text; the feed-forward; attention. Then patches in
+  # and out, 64 numbers each, and the time of four frames. Blocks are selected in another pass.
+  width, ffn, tokens = 24, 32, 2 * 64
+  layer = 2 * tokens * (6 * width**2 + 2 * width * ffn)
+  layer += 4 * tokens * (64 + 2 * 64 + 8 + rows) * width
+  time = 2 * 2 * 4 * (16 * width + width**2 + width * 6 * width)
+  assert whole - early == 2 * layer + 2 * tokens * 64 * width * 2 + time
+
+
 def test_a_share_of_the_rollouts_begins_with_the_video():
   def lengths(share):
     spec = SelfForcingSpec(window_blocks=4, warmup_blocks=9, beginnings=share)

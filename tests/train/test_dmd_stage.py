@@ -37,7 +37,7 @@ def stage(models, tmp_path_factory):
 
 
 def test_a_run_moves_student_and_critic_and_leaves_a_model(stage, models, tmp_path):
-  config = TrainConfig(steps=2, log_every=2, save_every=2, eval_every=2, ema_decay=0.9,
+  config = TrainConfig(steps=2, log_every=2, save_every=2, eval_every=2, ema_decay=0.9, mfu=False,
                        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, b1=0.0))
   result = dmd_stage.train_dmd(stage, config, tmp_path)
   params, start = result.state.params, package.load_model(stage.start).models

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pf_jax import cache as cache_lib
-from pf_jax.models import bundle
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
 from pf_jax.testing import random_models, tiny_model_spec
@@ -87,10 +86,7 @@ def test_levels_lean_towards_noise():
 @pytest.fixture(scope='module')
 def gradients():
   """Gradients of a batch whose noisy blocks see (or do not see) their compressed past."""
-  models = bundle.init(tiny_model_spec(), 0)
-  rng = np.random.default_rng(0)
-  for part in (models.transformer.head.kernel, models.compressor.hr.out.kernel):
-    part[...] = jnp.asarray(0.1 * rng.standard_normal(part.shape), jnp.float32)
+  models, rng = random_models(tiny_model_spec()), np.random.default_rng(0)
   video, rows = models.spec.video, models.spec.text.max_tokens
   frames, low = video.frames_per_block, models.spec.mid_grid
   batch = ClipBatch(
