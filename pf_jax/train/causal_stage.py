@@ -8,7 +8,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pf_jax.models.bundle import Models
 from pf_jax.models.prompt_encoder import PromptEncoder
@@ -37,6 +37,7 @@ class CausalStage(ClipStage):
     ValueError: sizes that do not fit each other.
   """
 
+  name: ClassVar[str] = 'causal'
   teacher_forcing: TeacherForcingSpec = TeacherForcingSpec()
   cache: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   sampler: SamplerSpec = SamplerSpec()
@@ -89,7 +90,7 @@ def save(stage: CausalStage, models: Models, step: int, workdir: str | os.PathLi
   """Writes `WORKDIR/model`, which `launch.sample --checkpoint=WORKDIR` finds."""
   package.save_model(pathlib.Path(workdir) / 'model', models, choices={
       'cache': dict(stage.cache), 'sampler': dataclasses.asdict(stage.sampler),
-  }, about={'stage': 'causal', 'step': step})
+  }, about={'stage': stage.name, 'step': step})
 
 
 def sketch(stage: CausalStage, config: TrainConfig) -> plan.Sketch:

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ class OdeStage(CausalStage):
       does not meet.
   """
 
+  name: ClassVar[str] = 'ode'
   teacher: str = ''
   trajectory: ClipSamplerSpec = ClipSamplerSpec(solver='euler', steps=48, guidance=3.0)
   clips_per_shard: int = 32

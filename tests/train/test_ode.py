@@ -121,7 +121,8 @@ def test_a_run_keeps_the_text_encoder_and_leaves_a_model(tmp_path):
                        optimizer=OptimizerConfig(warmup_steps=0, group_scale={'text': 0.0}))
   result = ode_stage.train_ode(stage, config, tmp_path / 'run')
   assert np.isfinite(result.metrics['loss'])
-  loaded = package.load_model(tmp_path / 'run' / 'model').models
+  loaded, _, about, _ = package.load_model(tmp_path / 'run' / 'model')
+  assert about == {'stage': 'ode', 'step': 1}
   before = package.load_model(tmp_path / 'start').models
   jax.tree.map(np.testing.assert_array_equal, loaded.text, before.text)
   assert np.abs(loaded.transformer.head.kernel - before.transformer.head.kernel).max() > 0
