@@ -1,11 +1,12 @@
 """Stage "dmd": self-forcing distillation of the four-step student, the last stage of the miniature.
 
 Purpose: a student that is trained on its own rollouts through the cache it samples with, and a
-compressor trained end to end. Needs the models of configs/digits/ode.py (the start) and
-configs/digits/teacher.py.
+compressor trained end to end. Starts from the models of configs/digits/ode.py and
+configs/digits/teacher.py that ship with the package.
 
 Command:
   python -m launch.train --config=configs/digits/dmd.py --workdir=runs/dmd
+From one's own: --config.start=runs/ode --config.teacher=runs/teacher
 Variant `tiny` trains a few thousand parameters for a few steps (tests).
 """
 
@@ -22,8 +23,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   base = causal.get_config(arg)
   config = ConfigDict()
   config.stage = 'dmd'
-  config.start = 'runs/ode'
-  config.teacher = 'runs/teacher'
+  config.start = 'digits/ode'
+  config.teacher = 'digits/teacher'
   config.prompts = ''  # those of `world`; or a store of launch.prepare
   config.videos = 2 if tiny else 4
   config.cache = base.cache.copy_and_resolve_references()

@@ -9,6 +9,8 @@ from configs import arguments
 from configs.wan import model as wan_model
 from launch import config_flags
 from launch.build import build
+from pf_jax import pipeline
+from pf_jax.evals.config import EvaluateConfig
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.models.text import TextSpec
 from pf_jax.models.transformer import TransformerSpec
@@ -47,6 +49,15 @@ def test_training_configs_build(path, variant):
   build(TrainConfig, config.train, 'config.train')
   stage_type = stages.STAGES[config.stage].settings
   build(stage_type, {name: config[name] for name in config if name not in ('stage', 'train')})
+
+
+@pytest.mark.parametrize('variant', [None, 'tiny'])
+@pytest.mark.parametrize('name', ['evaluate', 'compare'])
+def test_evaluations_build_and_their_models_are_there(name, variant):
+  config = importlib.import_module(f'configs.digits.{name}').get_config(variant)
+  ablation = build(EvaluateConfig, config).ablation
+  for checkpoint in ablation.checkpoints.values():
+    assert pipeline.find_model(checkpoint) == pipeline.PACKAGED.parent / checkpoint
 
 
 @pytest.mark.parametrize(('size', 'transformer', 'width'), [
