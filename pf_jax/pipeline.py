@@ -277,7 +277,7 @@ def find_model(checkpoint: str | os.PathLike | None) -> pathlib.Path:
 
 
 def packaged_models() -> list[str]:
-  """Names of the models that are part of the package, the default first."""
+  """Names of the models that are part of the package."""
   return sorted(path.parent.relative_to(package.ROOT).as_posix()
                 for path in package.ROOT.rglob(package.SPEC_FILE))
 

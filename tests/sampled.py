@@ -1,7 +1,6 @@
 """A tiny model on disk and its compiled pipeline, shared by the tests of sampling."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pf_jax import pipeline as pipeline_lib
+from pf_jax.models import bundle
 from pf_jax.models.bundle import Models
 from pf_jax.pipeline import Pipeline
 from pf_jax.rollout.stream import Programs
@@ -22,12 +21,6 @@ CHOICES = {'cache': {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 1, 'mid_capa
            'sampler': {'steps': [1000.0, 500.0]}}
 
 
-@functools.cache
-def _shapes() -> Models:
-  """Traced once in a process: it takes half a second."""
-  return jax.eval_shape(lambda: Models(tiny_model_spec(), rngs=nnx.Rngs(0)))
-
-
 def random_models(seed: int = 0) -> Models:
   """Random parameters of a size that keeps pictures varied, drawn without compiling anything."""
   rng = np.random.default_rng(seed)
@@ -36,7 +29,7 @@ def random_models(seed: int = 0) -> Models:
     fan_in = max(int(np.prod(leaf.shape[-5:-1])), 1)
     return jnp.asarray(rng.standard_normal(leaf.shape) * (1.5 / fan_in**0.5), leaf.dtype)
 
-  return jax.tree.map(draw, _shapes())
+  return jax.tree.map(draw, bundle.shapes(tiny_model_spec()))
 
 
 @dataclasses.dataclass

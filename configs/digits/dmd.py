@@ -7,7 +7,7 @@ configs/digits/teacher.py that ship with the package.
 Command:
   python -m launch.train --config=configs/digits/dmd.py --workdir=runs/dmd
 From one's own: --config.start=runs/ode --config.teacher=runs/teacher
-Cost of two cores: 42 minutes beside other work (10 s a step; 6 s alone, n=1).
+Cost of two cores: 42 minutes beside other work (10 s a step, n=1).
 Result (seed 0, n=1): ten videos of 30 blocks, one for each class: class accuracy .93/1.00/.95 in
 blocks 1/5/30, colours 1.00, drift .018. It ships as the default; the README compares it with the
 models before it.

@@ -80,10 +80,17 @@ class MediaError(ValueError):
 
 
 class Media(NamedTuple):
-  """Frames uint8 [T, H, W, 3], and what was done to the file's pictures, a line each."""
+  """Frames of a file.
+
+  Attributes:
+    frames: uint8 [T, H, W, 3].
+    notes: what was done to the file's pictures, a line each.
+    damage: the one of these lines that says where a file that is not whole ends; '' otherwise.
+  """
 
   frames: np.ndarray
   notes: tuple[str, ...]
+  damage: str = ''
 
 
 def read_image(path: str | os.PathLike, height: int, width: int) -> Media:
@@ -142,9 +149,11 @@ def read_video(path: str | os.PathLike, height: int, width: int, fps: float, *, 
     notes = [*screen.notes, *decoder.rate_notes(fps)]
     if start_seconds:
       notes.append(f'starts {start_seconds:g} s into the file')
-    notes += ([f'only {len(pictures)} frames used ({len(pictures) / fps:.2f} s); the file goes on']
-              if longer else decoder.end_notes())
-  return Media(np.stack(pictures), tuple(notes))
+    damage = '' if longer else decoder.end_note()
+    last = (f'only {len(pictures)} frames used ({len(pictures) / fps:.2f} s); the file goes on'
+            if longer else damage)
+    notes += [last] if last else []
+  return Media(np.stack(pictures), tuple(notes), damage)
 
 
 def whole_blocks(frames: np.ndarray, video: 'VideoSpec') -> Media:
@@ -456,16 +465,16 @@ class _Decoder:
       rate = float(1 / self._step)
     return [] if abs(rate / fps - 1) < 5e-4 else [f'{rate:.4g} fps resampled to {fps:g} fps']
 
-  def end_notes(self) -> list[str]:
-    """Whether the end, now reached, is where the file says it is."""
+  def end_note(self) -> str:
+    """Says so if the end, now reached, is not where the file says it is."""
     stream, container = self.stream, self._container
     promised = ((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base
     if 'matroska' in container.format.name:  # has one length for all, and sound may go on
       alone = len(container.streams) == 1
       promised = Fraction(container.duration or 0, self._av.time_base) * alone
     if not self._damaged and promised - self._end < 2 * self._step:
-      return []
-    return [f'the file is damaged or cut off: what is whole ends after {self.seconds:.2f} s']
+      return ''
+    return f'the file is damaged or cut off: what is whole ends after {self.seconds:.2f} s'
 
   def _open(self) -> None:
     size = os.fstat(self._file.fileno()).st_size

@@ -34,8 +34,6 @@ CAPTION_ENDING = '.txt'
 # Threads that decode, and clips they are ahead: one of 81 frames of 832x480 takes 100 MB.
 _THREADS = min(os.cpu_count() or 1, 8)
 _LOOK_SIDE = 16  # whether frames are whole does not depend on the size that is made of them
-# How `media` begins its note of an end that comes too early.
-_DAMAGED = 'the file is damaged'
 
 In = TypeVar('In')
 Out = TypeVar('Out')
@@ -203,13 +201,12 @@ def _count(path: pathlib.Path, shape: ClipShape, most: int) -> tuple[int, str]:
       read = _decode(path, count, shape)
     except media.MediaError as error:
       return count, _reason(error, path)
-    damage = '; '.join(note for note in read.notes if note.startswith(_DAMAGED))
     if len(read.frames) < shape.frames:
       short = (f'{len(read.frames)} frames at {shape.fps:g} fps, a clip has {shape.frames}'
                if count == 0 else '')
-      return count, '; '.join(filter(None, (short, damage)))
+      return count, '; '.join(filter(None, (short, read.damage)))
     if len(read.frames) == shape.frames:  # ends here
-      return count + 1, damage
+      return count + 1, read.damage
   return most, ''
 
 

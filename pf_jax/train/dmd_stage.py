@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pf_jax.data import digits, source, text_rows
+from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.transformer import CausalTransformer, TransformerSpec
 from pf_jax.released import ReleasedWeights
@@ -262,9 +263,9 @@ def sketch(stage: DmdStage, config: TrainConfig) -> plan.Sketch:
     ValueError: choices that do not fit each other.
   """
   spec, teacher_spec = stage.student_origin().spec, stage.teacher_origin().spec
-  nets = networks.shapes(spec)
+  nets = bundle.shapes(spec).without_text()
   student, critic = (networks.with_remat(transformer, stage.remat) for transformer in (
-      nets.transformer, networks.shapes(teacher_spec).transformer))
+      nets.transformer, bundle.shapes(teacher_spec).transformer))
   rollout, text = stage.rollout(spec, training=True), spec.text
   lower = functools.partial(networks.cast, dtype=stage.frozen_dtype)
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pf_jax import outputs, pipeline, released
-from pf_jax.models import bundle
 from pf_jax.models.bundle import Models, ModelSpec, VideoModels
 from pf_jax.models.compressor import Compressor
 from pf_jax.models.prompt_encoder import PromptEncoder
@@ -204,11 +203,6 @@ def cast(tree: PyTree, dtype: str) -> PyTree:
 def _same_values(a: PyTree, b: PyTree) -> bool:
   same = jax.tree.map(lambda x, y: x.shape == y.shape and bool(jnp.all(x == y)), a, b)
   return jax.tree.all(same)
-
-
-def shapes(spec: ModelSpec) -> VideoModels:
-  """The networks of a model as shapes, without its text encoder: nothing is allocated."""
-  return bundle.shapes(spec).without_text()
 
 
 def with_remat(transformer: CausalTransformer, remat: bool) -> CausalTransformer:

@@ -7,7 +7,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,7 +16,8 @@ from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
 from pf_jax.kernels.attention import Segment, attend
 from pf_jax.kernels.conv3d import conv3d
-from pf_jax.models.bundle import Models, ModelSpec
+from pf_jax.models import bundle
+from pf_jax.models.bundle import ModelSpec
 from pf_jax.pipeline import rollout_spec
 from pf_jax.rollout import block as block_lib
 from pf_jax.types import DTypes, tree_bytes
@@ -138,7 +138,7 @@ def full_size(vae_dtype='bfloat16'):
   chosen = {name: {key: value for key, value in config[name].items() if value is not None}
             for name in ('cache', 'sampler')}
   spec = rollout_spec(model, chosen)
-  models = jax.eval_shape(lambda: Models(model, rngs=nnx.Rngs(0)).without_text())
+  models = bundle.shapes(model).without_text()
   return spec, models, block_lib.input_shapes(models, 1, spec)
 
 

@@ -1,12 +1,10 @@
 """A model that compiles in a few seconds, with everything an evaluation touches."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pf_jax.data import digits
 from pf_jax.models import bundle, compressor, text, transformer, vae
@@ -36,12 +34,6 @@ def spec() -> bundle.ModelSpec:
       compressor=compressor.CompressorSpec(in_channels=4, channels=(4, 4, 6, 8), width=24))
 
 
-@functools.cache
-def _shapes() -> bundle.Models:
-  """Traced once in a process: it takes half a second."""
-  return jax.eval_shape(lambda: bundle.Models(spec(), rngs=nnx.Rngs(0)))
-
-
 def models() -> bundle.Models:
   """Random parameters, drawn without compiling anything; no branch is silent."""
   rng = np.random.default_rng(1)
@@ -54,7 +46,7 @@ def models() -> bundle.Models:
     fan_in = math.prod(leaf.shape[:-1][-4:]) if name == 'kernel' else 100
     return jnp.asarray(noise / math.sqrt(fan_in), leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(fill, _shapes())
+  return jax.tree_util.tree_map_with_path(fill, bundle.shapes(spec()))
 
 
 def pipeline() -> Pipeline:
