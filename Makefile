@@ -1,5 +1,5 @@
 # make demo | make test | make check | make test-parity | make test-aot | make test-full
-# make test-reliability | make setup | make clean
+# make test-kernels | make test-reliability | make setup | make clean
 #
 # Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
 # rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity test-aot test-full test-reliability parity-python \
+.PHONY: help setup demo test check test-parity test-aot test-full test-kernels test-reliability parity-python \
   clean FORCE
 .DEFAULT_GOAL := help
 
@@ -111,7 +111,8 @@ test-parity: $(PARITY_VENV)/.parity
 # Programs of full size for H200s that are not there: seven minutes, most of them for the training of
 # the 1.3B on one and on eight, and 4 GB of memory.
 test-aot: $(AOT_VENV)/.aot
-	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -x tests/aot $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu MOSAIC_GPU_DUMP_PTXAS=1 $(AOT_VENV)/bin/python -m pytest -x tests/aot \
+	  $(PYTEST_ARGS)
 
 # Weights of full size, made of random bytes: two minutes, 12 GB of disk, 3 GB of memory.
 test-full: $(VENV)/.test
@@ -122,6 +123,11 @@ test-full: $(VENV)/.test
 test-reliability: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x -s --slow --session-timeout=$(RELIABILITY_SECONDS) \
 	  tests/reliability tests/train/test_loop.py tests/train/test_checkpoint.py $(PYTEST_ARGS)
+
+# Kernels in Pallas' interpreter, with race detection and planted bugs: five minutes. It needs jax
+# 0.11, so Python 3.12: make test-kernels PYTHON=python3.12 VENV=.venv-312
+test-kernels: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -x --slow tests/kernels $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info

@@ -3,7 +3,7 @@
 One block of latents is denoised at a time. Inside the block attention is bidirectional; the past
 comes in as keys and values from outside. The transformer knows no cache: every layer hands its
 queries and an opaque slice (whatever the caller scans over, one entry a layer) to a `context_fn`
-and gets back a `Segment` to attend besides the block itself. Without a `context_fn` this is the
+and gets back what to attend besides the block itself. Without a `context_fn` this is the
 bidirectional base model.
 
 Temporal positions are counted from the start of the current block; the history's keys arrive
@@ -14,7 +14,7 @@ compressed stream of the clean pass from arXiv:2603.25730 (dual-resolution shift
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import einops
@@ -24,13 +24,14 @@ import numpy as np
 from flax import nnx
 
 from pf_jax.kernels import rope
-from pf_jax.kernels.attention import Segment, attend
+from pf_jax.kernels.attention import Blocks, Segment, attend
 from pf_jax.types import Array, DTypes, KeyValues, PyTree, check_shape
 
 EPS = 1e-6
 
-# (one layer's slice, queries [B, T, N, H]) -> (history to attend or None, anything to pass out)
-ContextFn = Callable[[PyTree, Array], tuple[Segment | None, PyTree]]
+History = Sequence[Segment | Blocks]
+# (one layer's slice, queries [B, T, N, H]) -> (history to attend, anything to pass out)
+ContextFn = Callable[[PyTree, Array], tuple[History, PyTree]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TransformerSpec:
     time_width: of the timestep's sinusoid.
     text_width: of the text encoder's rows.
     remat: recompute each layer's activations in the backward pass instead of keeping them.
+    attention: backend of self-attention, see `pf_jax.kernels.attention.attend`; None chooses.
     dtypes: precision.
 
   Raises:
@@ -64,6 +66,7 @@ class TransformerSpec:
   time_width: int = 128
   text_width: int = 64
   remat: bool = False
+  attention: str | None = None
   dtypes: DTypes = DTypes()
 
   def __post_init__(self):
@@ -205,6 +208,7 @@ class Layer(nnx.Module):
     self.norm3 = AffineLayerNorm(spec.width)
     self.ffn_in = _linear(spec.width, spec.ffn_width, spec.dtypes, rngs)
     self.ffn_out = _linear(spec.ffn_width, spec.width, spec.dtypes, rngs)
+    self.backend = spec.attention
 
   def _modulations(self, stream: Stream) -> Array:
     """[6, B, T, D]: shift, scale, gate of self-attention, then of the feed-forward."""
@@ -212,14 +216,14 @@ class Layer(nnx.Module):
     return jnp.repeat(per_frame, stream.x.shape[1] // per_frame.shape[2], axis=2)
 
   def __call__(self, stream: Stream, text: KeyValues,
-               history: Callable[[Array], tuple[Segment | None, PyTree]]
-               ) -> tuple[Array, KeyValues, Segment | None, PyTree]:
+               history: Callable[[Array], tuple[History, PyTree]]
+               ) -> tuple[Array, KeyValues, History, PyTree]:
     """Runs one stream through the layer.
 
     Args:
       stream: tokens with their modulation and rotations.
       text: cross-attention keys/values [B, rows, N, H].
-      history: from the rotated queries to the segment attended besides the stream itself.
+      history: from the rotated queries to what is attended besides the stream itself.
 
     Returns:
       The new residual stream, the stream's own keys/values, the history it attended, aux.
@@ -231,8 +235,8 @@ class Layer(nnx.Module):
     own = attn.keys_values(normed)
     own = KeyValues(rope.rotate(own.k, stream.table), own.v)
     context, aux = history(q)
-    segments = [Segment(own.k, own.v)] if context is None else [context, Segment(own.k, own.v)]
-    x = x + attn.project(attend(q, segments)).astype(jnp.float32) * gate1
+    attended = attend(q, [*context, Segment(own.k, own.v)], implementation=self.backend)
+    x = x + attn.project(attended).astype(jnp.float32) * gate1
     cross = self.cross_attn
     read = attend(cross.queries(self.norm3(x)), [Segment(text.k, text.v)])
     x = x + cross.project(read).astype(jnp.float32)
@@ -326,7 +330,7 @@ class CausalTransformer(nnx.Module):
       timesteps: [B, F] in [0, 1000], one per latent frame.
       text: [L, B, rows, N, H] from `text_keys_values`; its batch may be smaller by a whole factor.
       slices: pytree with a leading L, one opaque entry per layer for `context_fn`.
-      context_fn: (slice, queries [B, T, N, H]) -> (history `Segment` or None, aux).
+      context_fn: (slice, queries [B, T, N, H]) -> (what it attends besides, aux).
       compressed: tokens [B, M, D] of the block's compressed version and their positions [M, 3]
         inside the block. They run as a second stream at timestep 0 that sees the history and
         itself; the full-resolution stream never sees them.
@@ -361,7 +365,7 @@ class CausalTransformer(nnx.Module):
   def _run(self, streams: list[Stream], embedding: Array, grid: tuple[int, int, int],
            text: KeyValues, slices: PyTree, context_fn: ContextFn | None) -> TransformerOutput:
     """Scans the streams over the stacked layers."""
-    context_fn = context_fn or (lambda _, q: (None, None))
+    context_fn = context_fn or (lambda _, q: ((), None))
     cache_dtype = jnp.dtype(self.spec.dtypes.cache)
 
     def body(xs, inputs):

@@ -46,10 +46,10 @@ def selected_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextF
   return context_fn
 
 
-def reuse_history(context: Segment, q: Array) -> tuple[Segment, PyTree]:
+def reuse_history(context: Segment, q: Array) -> tuple[tuple[Segment], PyTree]:
   """Context function over a history that is already packed, for training."""
   del q
-  return context, None
+  return (context,), None
 
 
 def denoise_step(models: VideoModels, x_t: Array, sigma, sigma_next, noise: Array,

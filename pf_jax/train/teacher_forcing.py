@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec, LayerCache, Layout, PackCache
 from pf_jax.diffusion import flow as flow_lib
+from pf_jax.kernels.context import assemble
 from pf_jax.models.bundle import Models
 from pf_jax.models.transformer import ContextFn
 from pf_jax.rollout import step
@@ -166,8 +167,9 @@ def planned_history(blocks: Array, drops: Drops, cache: CacheSpec) -> ContextFn:
 
   def context_fn(layer: LayerCache, q: Array):
     del q
-    context = cache_lib.context(layer, plan.selected, blocks, layout, spec=cache)
-    return context, (plan.selected, context)
+    # Kept for later passes, where the cache itself would be larger.
+    packed = assemble(cache_lib.context(layer, plan.selected, blocks, layout, spec=cache))
+    return (packed,), (plan.selected, packed)
 
   return context_fn
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec
+from pf_jax.kernels.context import assemble
 from pf_jax.types import KeyValues
 from tests.cache.slow_model import Remembered, SlowCache
 
@@ -40,7 +41,8 @@ def compiled(spec: CacheSpec):
 
     def one_layer(layer):
       chosen = cache_lib.select(layer, q, cache.blocks, spec=spec)
-      return chosen, cache_lib.context(layer, chosen, cache.blocks, layout, spec=spec)
+      parts = cache_lib.context(layer, chosen, cache.blocks, layout, spec=spec)
+      return chosen, assemble(parts)
 
     selected, context = jax.lax.map(one_layer, cache.layers)
     after = cache_lib.commit(cache, block, compressed, spec=spec)

@@ -53,10 +53,42 @@ def test_the_row_for_cudnn_means_the_same(case, without_the_card):
                              atol=1e-6)
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_queries_in_parts_give_the_same(case, monkeypatch):
+  """Seven queries, three at a time; values and gradients."""
+  q, segments = draw(0, 2, 7), CASES[case]()
+  segments = [segment for segment in segments if segment.k.shape[1]]
+  keys = sum(segment.k.shape[1] for segment in segments)
+
+  def loss(q, segments):
+    return jnp.sum(jnp.sin(reference.attend(q, segments)))
+
+  wanted = reference.attend(q, segments), *jax.grad(loss, (0, 1), allow_int=True)(q, segments)
+  monkeypatch.setattr(reference, 'LOGITS_BYTES', 4 * 2 * HEADS * keys * 3)
+  got = reference.attend(q, segments), *jax.grad(loss, (0, 1), allow_int=True)(q, segments)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    if a.dtype == jnp.float32:
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_keep_the_logits_out_of_memory(monkeypatch):
+  """512 queries of two heads over 1024 keys: 4.2 MB of logits at once, in parts an eighth."""
+  q, k = jnp.zeros((1, 512, HEADS, SIZE)), jnp.zeros((1, 1024, HEADS, SIZE))
+  logits = 4 * HEADS * 512 * 1024
+
+  def scratch():
+    compiled = jax.jit(lambda q, k: reference.attend(q, [Segment(k, k)])).lower(q, k).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert scratch() >= logits
+  monkeypatch.setattr(reference, 'LOGITS_BYTES', logits // 8)
+  assert scratch() < logits / 2
+
+
 def test_chosen_for_cards_in_half_precision_only(monkeypatch):
   calls = []
   for name in ('reference', 'cudnn'):
-    monkeypatch.setitem(attend.__globals__['IMPLEMENTATIONS'], name,
+    monkeypatch.setattr(attend.__globals__['BACKENDS'][name], 'attend',
                         lambda q, segments, name=name: calls.append(name))
   card = AbstractMesh((1,), ('x',), (AxisType.Auto,), abstract_device=AbstractDevice(
       device_kind='some card', num_cores=1, platform='cuda'))

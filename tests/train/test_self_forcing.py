@@ -188,12 +188,12 @@ def test_a_gradient_through_history_would_be_seen(monkeypatch):
   more than that test allows. What changes is the way through the compressed keys/values.
   """
   kept = window(2, 1)
+  before = block_gradients(2)[3].transformer
   direction = jax.random.normal(jax.random.key(1), kept.blocks.x_t.shape)
   monkeypatch.setattr(self_forcing.jax.lax, 'stop_gradient', lambda x: x)
   gradient = jax.jit(jax.grad(lambda transformer: jnp.sum(
       (replayed(MODELS.replaced(transformer=transformer), kept) * direction)[3])))(
           MODELS.transformer)
-  before = block_gradients(2)[3].transformer
   scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(before))
   difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), gradient, before)
   assert max(jax.tree.leaves(difference)) > 10 * 2e-4 * scale

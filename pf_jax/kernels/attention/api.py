@@ -1,34 +1,19 @@
-"""Attention over a list of key/value segments: the public entry that picks a backend."""
+"""Attention over segments and over blocks of a cache: the public entry that picks a backend."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
-from pf_jax.kernels.attention import cudnn, partition, reference
+from pf_jax.kernels.attention import cudnn, pallas, partition, reference
+from pf_jax.kernels.context import Blocks, Segment, assemble
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
 
-IMPLEMENTATIONS = {'reference': reference.attend, 'cudnn': cudnn.attend}
+BACKENDS: dict[str, Any] = {'reference': reference, 'cudnn': cudnn, 'pallas': pallas}
 
 
-class Segment(NamedTuple):
-  """Keys and values that one query attends, e.g. the packed history or the block itself.
-
-  Attributes:
-    k: [B, S, N, H].
-    v: [B, S, N, H].
-    valid: [B, S] bool, False where a slot is empty; None where every token counts.
-    order: [B, S] int32, the tokens in an order that begins with the valid ones. Backends that read
-      a prefix sort for themselves where it is None.
-  """
-
-  k: Array
-  v: Array
-  valid: Array | None = None
-  order: Array | None = None
-
-
-def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None = None) -> Array:
-  """One softmax over the tokens of all segments.
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: str | None = None
+           ) -> Array:
+  """One softmax over the tokens of all segments and blocks.
 
   A segment's batch may be smaller than the query's by a whole factor g: queries
   g*b .. g*b + g - 1 then share segment row b (several noisy versions of a block share a history).
@@ -37,8 +22,9 @@ def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None 
   Args:
     q: [B, T, N, H].
     segments: what is attended; order does not matter.
-    implementation: 'reference' (XLA), 'cudnn' (NVIDIA cards, half precision), or None: cudnn where
-      it fits, else reference.
+    implementation: 'reference' (XLA), 'cudnn' (NVIDIA cards, half precision), 'pallas' (Hopper
+      cards, half precision; reads blocks where they lie), or None: cudnn where it fits, else
+      reference. All but pallas are handed one assembled segment in place of all blocks.
 
   Returns:
     [B, T, N, H] in q's dtype. At least one token must be valid for every query.
@@ -48,17 +34,42 @@ def attend(q: Array, segments: Sequence[Segment], *, implementation: str | None 
       fit the query.
   """
   for index, segment in enumerate(segments):
-    batch, _, *heads = segment.k.shape
-    if segment.k.shape != segment.v.shape or heads != list(q.shape[2:]) or q.shape[0] % batch:
-      raise ValueError(
-          f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
-          f'[b, S, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
+    _check(index, segment, q)
+  segments = [segment for segment in segments if _rows(segment)]
   if implementation is None:
+    # The fused kernel of our own is not chosen by itself before it was measured on a card.
     fits = target_platform() == 'cuda' and cudnn.supports(q, segments)
     implementation = 'cudnn' if fits else 'reference'
-  if implementation == 'cudnn' and not cudnn.supports(q, segments):
-    raise ValueError(f'cudnn takes {cudnn.LIMITS}, got queries {q.dtype}{list(q.shape)}; use '
-                     f"'reference' or None.")
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'{implementation=} is unknown; use one of {sorted(IMPLEMENTATIONS)} or None.')
-  return partition.over_batch(IMPLEMENTATIONS[implementation], q, segments)
+  if implementation not in BACKENDS:
+    raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
+  if implementation != 'pallas':
+    segments = _assembled(segments)
+  backend = BACKENDS[implementation]
+  if not backend.supports(q, segments):
+    raise ValueError(f'{implementation} takes {backend.LIMITS}, got queries '
+                     f"{q.dtype}{list(q.shape)}; use 'reference' or None.")
+  return partition.over_batch(backend.attend, q, segments)
+
+
+def _rows(segment: Segment | Blocks) -> int:
+  """Rows that may be attended."""
+  if isinstance(segment, Segment):
+    return segment.k.shape[1]
+  return segment.valid.shape[1] * segment.k.shape[2]
+
+
+def _check(index: int, segment: Segment | Blocks, q: Array) -> None:
+  rows = 'S' if isinstance(segment, Segment) else 'n, T'
+  batch, *heads = segment.k.shape[0], *segment.k.shape[-2:]
+  if (segment.k.shape != segment.v.shape or heads != list(q.shape[2:]) or q.shape[0] % batch
+      or segment.k.ndim != len(rows.split()) + 3):
+    raise ValueError(
+        f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
+        f'[b, {rows}, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
+
+
+def _assembled(segments: Sequence[Segment | Blocks]) -> list[Segment]:
+  """All blocks as one segment, before the others."""
+  blocks = [segment for segment in segments if isinstance(segment, Blocks)]
+  rest = [segment for segment in segments if isinstance(segment, Segment)]
+  return [assemble(blocks), *rest] if blocks else rest

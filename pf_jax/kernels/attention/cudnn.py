@@ -29,8 +29,7 @@ def attend(q: Array, segments: Sequence) -> Array:
 
   What an empty slot holds must be finite: its weight is zero, but it is multiplied all the same.
   """
-  *full, last = sorted((segment for segment in segments if segment.k.shape[1]),
-                       key=lambda segment: segment.valid is not None)
+  *full, last = sorted(segments, key=lambda segment: segment.valid is not None)
   lengths = None
   if last.valid is not None:
     count = sum(segment.k.shape[1] for segment in full)

@@ -3,6 +3,9 @@
 Logits are computed segment by segment, so keys and values are never copied; only the logits are
 laid side by side. (One softmax over concatenated logits: its gradient costs 0.45x of an explicit
 running maximum over segments on a CPU.)
+
+Where the logits of all queries would take more than `LOGITS_BYTES`, as those of a 1.3B layer would
+(12.5 GB), queries are computed some at a time, and again in the backward pass.
 """
 
 import functools
@@ -16,6 +19,7 @@ from pf_jax.types import Array
 
 # Finite, so that a row without any valid key stays free of NaN in its gradient as well.
 MASKED = -1e30
+LOGITS_BYTES = 2**28
 
 
 def _logits(q: Array, segment) -> Array:
@@ -40,9 +44,31 @@ def _weighted_values(weights: Array, segment) -> Array:
   return einops.rearrange(out, 'b n (g t) h -> (b g) t n h', t=weights.shape[2])
 
 
+LIMITS = 'anything'
+
+
+def supports(q: Array, segments: Sequence) -> bool:
+  """Any."""
+  del q, segments
+  return True
+
+
 def attend(q: Array, segments: Sequence) -> Array:
   """See `pf_jax.kernels.attention.api.attend`."""
-  segments = [segment for segment in segments if segment.k.shape[1]]
+  batch, tokens, heads, _ = q.shape
+  keys = sum(segment.k.shape[1] for segment in segments)
+  at_once = max(LOGITS_BYTES // (4 * batch * heads * keys), 1)
+  if tokens <= at_once:
+    return _attend(q, segments)
+  turns = -(-tokens // at_once)
+  at_once = -(-tokens // turns)  # as even as can be
+  padded = jnp.pad(q, ((0, 0), (0, turns * at_once - tokens), (0, 0), (0, 0)))
+  parts = einops.rearrange(padded, 'b (c t) n h -> c b t n h', c=turns)
+  out = jax.lax.map(jax.checkpoint(lambda part: _attend(part, segments)), parts)
+  return einops.rearrange(out, 'c b t n h -> b (c t) n h')[:, :tokens]
+
+
+def _attend(q: Array, segments: Sequence) -> Array:
   scaled = q * q.shape[-1] ** -0.5
   logits = [_logits(scaled, segment) for segment in segments]
   weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)

@@ -9,7 +9,8 @@ from pf_jax.kernels.rope.reference import (
     rope_table,
     rotate,
     rotate_time,
+    time_angles,
 )
 
 __all__ = ['MidOffsets', 'RopeTable', 'block_positions', 'compressed_positions', 'rope_pairs',
-           'rope_table', 'rotate', 'rotate_time']
+           'rope_table', 'rotate', 'rotate_time', 'time_angles']

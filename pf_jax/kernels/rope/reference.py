@@ -80,6 +80,12 @@ def rotate(x: Array, table: RopeTable) -> Array:
   return _rotate_pairs(x, table.cos[:, None], table.sin[:, None])
 
 
+def time_angles(positions: Array, head_dim: int) -> Array:
+  """Angles [..., temporal pairs] by which `rotate_time` turns, float32."""
+  frequencies = jnp.asarray(_frequencies(rope_pairs(head_dim)[0]), jnp.float32)
+  return positions.astype(jnp.float32)[..., None] * frequencies
+
+
 def rotate_time(x: Array, positions: Array) -> Array:
   """Moves heads [..., N, H] in time: multiplies their temporal pairs by exp(i * position * theta).
 
@@ -88,9 +94,8 @@ def rotate_time(x: Array, positions: Array) -> Array:
     positions: latent frames, any shape that broadcasts against x's leading axes `...`; traced
       values are welcome. Negative ones move into the past.
   """
-  time = rope_pairs(x.shape[-1])[0]
-  frequencies = jnp.asarray(_frequencies(time), jnp.float32)
-  angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+  angles = time_angles(positions, x.shape[-1])[..., None, :]
+  time = angles.shape[-1]
   head, tail = x[..., :2 * time], x[..., 2 * time:]
   return jnp.concatenate([_rotate_pairs(head, jnp.cos(angles), jnp.sin(angles)), tail], axis=-1)
 

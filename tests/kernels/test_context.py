@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pf_jax.cache.context import valid_first
+from pf_jax.kernels.context import valid_first
 
 
 @pytest.mark.parametrize(('valid', 'front'), [

@@ -1,0 +1,313 @@
+"""Flash attention over a cache's blocks, read where they lie, for NVIDIA's Hopper cards.
+
+One softmax over several pools of keys/values: sink, archive, recent, the block itself. Any blocks
+of a pool are attended, each moved in time by a shift of its own. By relativity
+
+  < q, R(shift) k > = < R(-shift) q, k >
+
+it is the queries that are rotated, anew from the original for every block and in shared memory:
+no key is gathered, rotated or copied, and stored keys stay as they were rounded once.
+
+A program computes 64 queries of one head for each of its warpgroups. One more warpgroup fetches
+tiles of keys and values by TMA into a ring of buffers; the others multiply and keep a running
+maximum and sum in base 2. A table says which tiles (`tiles.tile_table`): first those without a mask
+and then the rest, none for what does not count.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, tile_table
+from pf_jax.types import Array
+
+ROWS = 64  # of queries that a warpgroup multiplies at once
+MASKED = -1e30
+# Registers of a thread that (computes, fetches). A card has 512 for the threads of four warpgroups
+# that share a place, 504 for three: asking for more would wait for ever.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSpec:
+  """Sizes that are tuned for a card.
+
+  By default what needs no more registers than there are: 96 keys would fit whole blocks of 6,240
+  rows better, and cost 156 bytes of spilled registers (jax 0.10.2, by `make test-aot`).
+
+  Attributes:
+    warpgroups: that compute, 64 queries each. Three of them share out 6,240 queries of 12 heads
+      over 132 multiprocessors in 3.00 rounds, two in 4.45.
+    keys: of a tile.
+    stages: tiles of keys, and of values, in the ring.
+
+  Raises:
+    ValueError: sizes that the hardware cannot multiply.
+  """
+
+  warpgroups: int = 3
+  keys: int = 64
+  stages: int = 3
+
+  def __post_init__(self):
+    if self.warpgroups not in (2, 3):
+      raise ValueError(f'warpgroups={self.warpgroups} must be 2 or 3: registers are shared out '
+                       'between them.')
+    if self.keys % 32 or not 32 <= self.keys <= 256:
+      raise ValueError(f'keys={self.keys} must be a multiple of 32 within 32..256.')
+    if self.stages < 2:
+      raise ValueError(f'stages={self.stages} must be at least 2: one is read while another fills.')
+
+  @property
+  def queries(self) -> int:
+    """Of a program."""
+    return self.warpgroups * ROWS
+
+
+def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
+                 head_dim: int, tiles: TileSpec = TileSpec(), interpret: Any = None) -> Array:
+  """One softmax over the blocks of all pools.
+
+  Args:
+    q: [B, T, N * H], half precision, T a multiple of `ALIGNMENT`.
+    turned: [B, T, N * COLUMNS], the first columns of every head turned by a quarter: each pair
+      (a, b) as (-b, a).
+    cos: [B, r, COLUMNS] float32, for every rotation; 1 where nothing is rotated.
+    sin: [B, r, COLUMNS] float32; 0 there.
+    pools: their batch may be smaller by a whole factor.
+    head_dim: H, a multiple of `COLUMNS`.
+    tiles: sizes.
+    interpret: parameters of Pallas' interpreter, on machines without the card.
+
+  Returns:
+    [B, T, N * H] in q's dtype.
+  """
+  batch, tokens, width = q.shape
+  table = tile_table(pools, batch, tiles.keys)
+  body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
+                           shares=tuple(batch // pool.k.shape[0] for pool in pools),
+                           interpreted=interpret is not None)
+  options = {} if interpret is None else dict(interpret=interpret)
+  return plgpu.kernel(
+      body, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+      scratch_types=_scratch(q.dtype, head_dim, cos.shape[1], tiles, interpret is not None),
+      grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
+      grid_names=('video', 'head', 'tile'),
+      num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
+      compiler_params=plgpu.CompilerParams(
+          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+      **options)(q, turned, cos, sin, *table, *(x for pool in pools for x in (pool.k, pool.v)))
+
+
+class _Scratch(NamedTuple):
+  """Shared memory and barriers of a program.
+
+  Attributes:
+    q: [w, 64, H], queries as the next product reads them.
+    head: [w, 64, COLUMNS], their first columns as they came.
+    turned: [w, 64, COLUMNS].
+    k: [stages, keys, H].
+    v: [stages, keys, H].
+    p: [w, 64, keys], weights; for the interpreter, which multiplies from shared memory only.
+    cos: [r, COLUMNS] float32.
+    sin: [r, COLUMNS] float32.
+    table_ready: cosines and sines arrived.
+    q_ready: a barrier for each warpgroup.
+    k_ready: a barrier for each stage, likewise the rest.
+    v_ready: values arrived.
+    k_free: all warpgroups have read the keys.
+    v_free: all warpgroups have read the values.
+  """
+
+  q: Any
+  head: Any
+  turned: Any
+  k: Any
+  v: Any
+  p: Any
+  cos: Any
+  sin: Any
+  q_ready: Any
+  table_ready: Any
+  k_ready: Any
+  v_ready: Any
+  k_free: Any
+  v_free: Any
+
+
+def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted: bool) -> _Scratch:
+  # Columns of v's tiles run along keys in the product: their swizzle must divide a tile.
+  def room(*shape: int, swizzle: int = 128):
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(
+        plgpu.TilingTransform((ALIGNMENT, columns)), plgpu.SwizzleTransform(swizzle)))
+
+  groups, stages = tiles.warpgroups, tiles.stages
+  return _Scratch(
+      q=room(groups, ROWS, head_dim), head=room(groups, ROWS, COLUMNS),
+      turned=room(groups, ROWS, COLUMNS), k=room(stages, tiles.keys, head_dim),
+      v=room(stages, tiles.keys, head_dim, swizzle=64 if tiles.keys % COLUMNS else 128),
+      p=room(groups, ROWS, tiles.keys, swizzle=64) if interpreted else None,
+      cos=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
+      sin=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
+      q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=groups),
+      table_ready=plgpu.Barrier(num_arrivals=2),
+      k_ready=plgpu.Barrier(num_barriers=stages), v_ready=plgpu.Barrier(num_barriers=stages),
+      k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+      v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
+
+
+def _program(q, turned, cos, sin, *refs, pools, shares, head_dim, tiles, interpreted):
+  """What one program does; arguments are references to global memory, then to shared memory."""
+  fields = len(TileTable._fields)
+  table, arrays, out = TileTable(*refs[:fields]), refs[fields:fields + 2 * pools], refs[
+      fields + 2 * pools]
+  scratch = _Scratch(*refs[fields + 2 * pools + 1:])
+  group = lax.axis_index('warpgroup')
+  computing, fetching = REGISTERS[tiles.warpgroups]
+
+  @pl.when(group < tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(computing, action='increase')
+    _compute((q, turned), table, out, scratch, head_dim, tiles, interpreted)
+
+  @pl.when(group == tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(fetching, action='decrease')
+    video = lax.axis_index('video')
+    plgpu.copy_gmem_to_smem(cos.at[video], scratch.cos, scratch.table_ready)
+    plgpu.copy_gmem_to_smem(sin.at[video], scratch.sin, scratch.table_ready)
+    _fetch(list(zip(arrays[::2], arrays[1::2], shares, strict=True)), table, scratch, head_dim,
+           tiles)
+
+
+def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
+  """One warpgroup: its 64 queries against all tiles."""
+  q, turned = queries
+  group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
+  rows = pl.ds((lax.axis_index('tile') * tiles.warpgroups + group) * ROWS, ROWS)
+  whole = pl.ds(head * head_dim, head_dim)
+  q_s, head_s, turned_s = scratch.q.at[group], scratch.head.at[group], scratch.turned.at[group]
+  ready = scratch.q_ready.at[group]
+  plgpu.copy_gmem_to_smem(q.at[video, rows, whole], q_s, ready)
+  plgpu.copy_gmem_to_smem(q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], head_s, ready)
+  plgpu.copy_gmem_to_smem(turned.at[video, rows, pl.ds(head * COLUMNS, COLUMNS)], turned_s, ready)
+  plgpu.barrier_wait(ready)
+  plgpu.barrier_wait(scratch.table_ready)
+  scale = math.log2(math.e) / math.sqrt(head_dim)
+
+  def turn_queries(rotation):
+    """From the original: what was rounded once would be rounded again."""
+    c, s = (lax.broadcast_in_dim(angles[rotation], (ROWS, COLUMNS), [1])
+            for angles in (scratch.cos, scratch.sin))
+    moved = head_s[...].astype(jnp.float32) * c + turned_s[...].astype(jnp.float32) * s
+    q_s[:, pl.ds(0, COLUMNS)] = moved.astype(q_s.dtype)
+    plgpu.commit_smem()
+
+  def attend_tile(number, carry, *, masked):
+    acc, top, total = carry
+    stage = lax.rem(number, jnp.int32(tiles.stages))
+    turn = table.turn[video, number]
+    pl.when(turn >= 0)(lambda: turn_queries(turn))
+    plgpu.barrier_wait(scratch.k_ready.at[stage])
+    logits = _multiply_keys(q_s, scratch.k.at[stage], tiles.keys)
+    plgpu.barrier_arrive(scratch.k_free.at[stage])
+    if masked:
+      column = _columns(logits.shape, interpreted)
+      counts = (column >= table.low[video, number]) & (column < table.high[video, number])
+      logits = jnp.where(counts, logits, MASKED)
+    highest = jnp.maximum(top, logits.max(axis=1) * scale)
+    keep = jnp.exp2(top - highest)
+    weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(highest, logits.shape, [0]))
+    total = total * keep + weights.sum(axis=1)
+    acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
+    plgpu.barrier_wait(scratch.v_ready.at[stage])
+    acc = _add_values(acc, weights.astype(q_s.dtype), scratch.v.at[stage],
+                      scratch.p.at[group] if interpreted else None)
+    plgpu.barrier_arrive(scratch.v_free.at[stage])
+    return acc, highest, total
+
+  carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), MASKED, jnp.float32),
+           jnp.zeros((ROWS,), jnp.float32))
+  plain, count = table.plain[video], table.total[video]
+  carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
+  acc, _, total = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
+  q_s[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(q_s.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(q_s, out.at[video, rows, whole])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply_keys(q, k, keys: int) -> Array:
+  """[64, keys] float32."""
+
+  def product(acc):
+    plgpu.wgmma(acc, q, k.transpose((1, 0)))
+    return acc[...]
+
+  return pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
+
+
+def _add_values(acc: Array, weights: Array, v, room) -> Array:
+  """acc [64, H] plus weights [64, keys] times values; by way of `room` if it is there."""
+  if room is None:
+    def add(ref):
+      plgpu.wgmma(ref, weights, v)
+
+    return pl.run_state(add)(plgpu.ACC.init(acc))
+  room[...] = weights
+  plgpu.commit_smem()
+
+  def product(ref):
+    plgpu.wgmma(ref, room, v)
+    return ref[...]
+
+  return acc + pl.run_scoped(product, plgpu.ACC((ROWS, acc.shape[1]), jnp.float32))
+
+
+def _columns(shape: tuple[int, ...], interpreted: bool) -> Array:
+  if interpreted:
+    return lax.broadcasted_iota(jnp.int32, shape, 1)
+  return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def _fetch(pools, table, scratch, head_dim, tiles):
+  """The fetching warpgroup: every tile in turn, as soon as all others are done with its place."""
+  video = lax.axis_index('video')
+  columns = pl.ds(lax.axis_index('head') * head_dim, head_dim)
+  count = table.total[video]
+  halves = ((scratch.k, scratch.k_ready, scratch.k_free),
+            (scratch.v, scratch.v_ready, scratch.v_free))
+
+  @pl.loop(0, count)
+  def _(number):
+    stage = lax.rem(number, jnp.int32(tiles.stages))
+    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), tiles.keys)
+    pool = table.pool[video, number]
+    for half, (buffer, ready, free) in enumerate(halves):
+
+      @pl.when(number >= tiles.stages)
+      def _(free=free):
+        plgpu.barrier_wait(free.at[stage])
+
+      for index, (*arrays, share) in enumerate(pools):
+
+        @pl.when(pool == index)
+        def _(ref=arrays[half], share=share, buffer=buffer, ready=ready):
+          plgpu.copy_gmem_to_smem(ref.at[lax.div(video, jnp.int32(share)), rows, columns],
+                                  buffer.at[stage], ready.at[stage])
+
+  @pl.loop(jnp.maximum(count - tiles.stages, 0), count)
+  def _(number):
+    """Nobody may leave while others still arrive."""
+    stage = lax.rem(number, jnp.int32(tiles.stages))
+    plgpu.barrier_wait(scratch.k_free.at[stage])
+    plgpu.barrier_wait(scratch.v_free.at[stage])

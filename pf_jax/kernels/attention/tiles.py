@@ -1,0 +1,111 @@
+"""The tile table: which rows of which pool a kernel reads, in which order.
+
+Attention does not care about the order of keys, so the table puts tiles whose rows all count first
+and those that need a mask last, and leaves out what does not count: an empty partition has no tile.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pf_jax.types import Array
+
+ALIGNMENT = 8  # rows; TMA copies of swizzled tiles begin at multiples of them
+COLUMNS = 64  # of two-byte numbers in a swizzled row of 128 bytes; heads are whole ones
+
+
+class Pool(NamedTuple):
+  """Blocks that are attended, out of one array that holds many.
+
+  Attributes:
+    k: [b, n * T, N * H].
+    v: [b, n * T, N * H].
+    block_rows: T.
+    chosen: [b, s] int32, the attended blocks of 0 .. n-1.
+    valid: [b, s] bool, which of them count.
+    rotation: [b, s] int32, rows of a table of rotations.
+  """
+
+  k: Array
+  v: Array
+  block_rows: int
+  chosen: Array
+  valid: Array
+  rotation: Array
+
+
+class TileTable(NamedTuple):
+  """Tiles in the order in which they are attended; what follows them is arbitrary.
+
+  Attributes:
+    pool: [B, n] int32.
+    start: [B, n] int32, first row of it, a multiple of `ALIGNMENT`.
+    low: [B, n] int32, first row of the tile that counts.
+    high: [B, n] int32, the end of those.
+    turn: [B, n] int32, the rotation if it is another one than the last tile's, else -1.
+    plain: [B] int32, how many tiles need no mask.
+    total: [B] int32, how many tiles there are.
+  """
+
+  pool: Array
+  start: Array
+  low: Array
+  high: Array
+  turn: Array
+  plain: Array
+  total: Array
+
+
+class _Cut(NamedTuple):
+  """Tiles of one pool's blocks [b, s, t], and whether each needs a mask."""
+
+  start: Array
+  low: Array
+  high: Array
+  valid: Array
+  rotation: Array
+  masked: np.ndarray  # [t]
+
+
+def _cut(pool: Pool, keys: int) -> _Cut:
+  rows = pool.block_rows
+  aligned = rows % ALIGNMENT == 0
+  # A block that begins anywhere is read from up to seven rows earlier on.
+  count = -(-(rows if aligned else rows + ALIGNMENT - 1) // keys)
+  numbers = np.arange(count)
+  first = pool.chosen[..., None] * rows
+  begin = first if aligned else first // ALIGNMENT * ALIGNMENT
+  start = begin + numbers * keys
+  low, high = jnp.maximum(first - start, 0), jnp.minimum(first + rows - start, keys)
+  valid = pool.valid[..., None] & (high > low)
+  return _Cut(start, low, high, valid, jnp.broadcast_to(pool.rotation[..., None], start.shape),
+              (numbers >= rows // keys) | (not aligned))
+
+
+def tile_table(pools: Sequence[Pool], batch: int, keys: int) -> TileTable:
+  """Cuts the blocks of all pools into tiles.
+
+  Args:
+    pools: their batch may be smaller than `batch` by a whole factor.
+    batch: videos.
+    keys: rows of a tile.
+  """
+  def flat(x: Array) -> Array:
+    return jnp.repeat(x.reshape(x.shape[0], -1), batch // x.shape[0], axis=0)
+
+  cuts = [_cut(pool, keys) for pool in pools]
+  fields = [[flat(x) for x in (cut.start, cut.low, cut.high, cut.valid, cut.rotation,
+                               jnp.broadcast_to(cut.masked, cut.start.shape))] for cut in cuts]
+  pool = np.repeat(np.arange(len(pools)), [field[0].shape[1] for field in fields])
+  start, low, high, valid, rotation, masked = (
+      jnp.concatenate(parts, axis=1) for parts in zip(*fields, strict=True))
+  order = jnp.argsort(jnp.where(valid, masked.astype(jnp.int32), 2), axis=1, stable=True)
+  start, low, high, rotation = (jnp.take_along_axis(x, order, axis=1)
+                                for x in (start, low, high, rotation))
+  before = jnp.pad(rotation[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  return TileTable(jnp.asarray(pool, jnp.int32)[order], start, low, high,
+                   jnp.where(rotation == before, -1, rotation),
+                   jnp.sum(valid & ~masked, axis=1, dtype=jnp.int32),
+                   jnp.sum(valid, axis=1, dtype=jnp.int32))

@@ -1,0 +1,130 @@
+"""Runs the Mosaic GPU attention kernel in Pallas' interpreter, with race detection; needs jax 0.11.
+
+  python tests/kernels/interpreted.py [MUTATION]
+
+Prints the largest error of every case against float32, or what was found wrong. The interpreter
+blocks a thread for every waiting warpgroup, so XLA needs more threads than a small machine has
+cores (NPROC): that is why this is a process of its own. A planted bug that makes a kernel wait for
+ever is ended by whoever started it.
+"""
+
+import os
+
+if __name__ == '__main__':
+  os.environ['NPROC'] = '16'
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pf_jax.kernels.attention import pallas, pallas_gpu, reference
+from pf_jax.kernels.context import Blocks, Segment, assemble
+
+HEAD = 128
+
+
+def draw(rng: np.random.Generator, *shape: int) -> jax.Array:
+  return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+
+def partition(rng, videos, blocks, rows, attended, valid, shift, heads):
+  """Random blocks; those that no video attends hold NaN in keys and numbers out of scale in v."""
+  index = np.array(attended, np.int32).reshape(-1, len(valid[0]))
+  valid = np.array(valid, bool)
+  shape = videos, blocks, rows, heads, HEAD
+  k, v = np.array(draw(rng, *shape)), np.array(draw(rng, *shape))
+  for video in range(videos):
+    read = {int(b) for b, ok in zip(index[video % len(index)], valid[video % len(valid)],
+                                    strict=True) if ok}
+    for block in set(range(blocks)) - read:
+      k[video, block], v[video, block] = np.nan, 1e4
+  return Blocks(jnp.asarray(k), jnp.asarray(v), jnp.asarray(shift, jnp.float32).reshape(
+      -1, len(valid[0])), jnp.asarray(valid), jnp.asarray(index))
+
+
+def cases():
+  """Name -> queries and what they attend."""
+  rng = np.random.default_rng(0)
+
+  def sink(videos=1, heads=1, valid=((1, 1),)):
+    return partition(rng, videos, 2, 64, [[0, 1]], valid, [[-9, -7]], heads)
+
+  def mid(videos=1, heads=1, attended=((6, 1, 3),), valid=((1, 1, 1),)):
+    return partition(rng, videos, 8, 22, attended, valid, [[-5, -4, -3]], heads)
+
+  def own(videos, rows, heads=1):
+    return Segment(draw(rng, videos, rows, heads, HEAD), draw(rng, videos, rows, heads, HEAD))
+
+  def q(videos, rows, heads=1):
+    return draw(rng, videos, rows, heads, HEAD)
+
+  yield 'own block alone', q(1, 192), [own(1, 128)]
+  yield 'ragged own block', q(1, 92), [own(1, 92)]
+  yield 'three partitions, two heads', q(1, 200, 2), [sink(heads=2), mid(heads=2), own(1, 200, 2)]
+  yield 'empty partitions', q(1, 64), [sink(valid=((0, 0),)), mid(valid=((0, 0, 0),)), own(1, 64)]
+  yield 'a hole in the middle', q(1, 64), [sink(valid=((0, 1),)), mid(valid=((1, 0, 1),)),
+                                          own(1, 64)]
+  yield 'each video its own', q(2, 64), [
+      sink(2), mid(2, attended=((6, 1, 3), (0, 2, 7)), valid=((1, 1, 0), (1, 1, 1))), own(2, 64)]
+  yield 'two noisy versions share a history', q(2, 64), [sink(1), own(2, 64)]
+
+
+def expected(q, segments):
+  """Float32 softmax over gathered rows."""
+  parts = [s for s in segments if isinstance(s, Blocks)]
+  rest = [s for s in segments if isinstance(s, Segment)]
+  tree = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
+                      ([assemble(parts)] if parts else []) + rest)
+  # What does not count must not be heard: it is NaN.
+  tree = [s if s.valid is None else s._replace(k=jnp.where(s.valid[..., None, None], s.k, 0))
+          for s in tree]
+  return reference.attend(q.astype(jnp.float32), tree)
+
+
+MUTATIONS = {
+    '': None,
+    'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass'),
+    'no wait for free room': ('plgpu.barrier_wait(free.at[stage])\n\n      for',
+                              'pass\n\n      for'),
+    'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,'),
+    'rotation of the next block': ('turn_queries(turn)', 'turn_queries(turn + 1)'),
+    'mask one row late': ('column < table.high[video, number]',
+                          'column <= table.high[video, number]'),
+}
+
+
+def mutate(name: str) -> None:
+  """Plants a bug in the kernel's source."""
+  if not name:
+    return
+  before, after = MUTATIONS[name]
+  with open(pallas_gpu.__file__, encoding='utf-8') as file:
+    source = file.read()
+  if source.count(before) != 1:
+    raise SystemExit(f'the planted bug {name!r} does not fit the source any more.')
+  exec(compile(source.replace(before, after), pallas_gpu.__file__, 'exec'), vars(pallas_gpu))
+
+
+def main(mutation: str) -> int:
+  # The interpreter computes with JAX itself, in callbacks: nothing may be queued before them.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  mutate(mutation)
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  tiles = pallas_gpu.TileSpec(warpgroups=3, keys=64, stages=2)
+  for name, q, segments in cases():
+    run = jax.jit(functools.partial(pallas.attend, tiles=tiles, interpret=interpret))
+    out, wanted = (np.asarray(jax.block_until_ready(f(q, segments)), np.float32)
+                   for f in (run, expected))
+    error = np.abs(out - wanted)
+    print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
+    if not (error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3):
+      return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ''))

@@ -1,0 +1,179 @@
+"""The fused attention kernel: its arguments on any machine, the kernel itself in an interpreter."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pf_jax.kernels import rope
+from pf_jax.kernels.attention import Blocks, Segment, attend, pallas, pallas_gpu
+from pf_jax.kernels.attention.tiles import tile_table
+from pf_jax.kernels.context import assemble
+from tests.kernels import interpreted
+
+VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
+needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
+CASES = {name: (q, segments) for name, q, segments in interpreted.cases()}
+
+
+def slow_kernel(q, turned, cos, sin, pools, *, head_dim, tiles, interpret):
+  """What `pallas_gpu.attend_pools` is to compute, tile by tile in float32."""
+  del interpret
+  batch, _, width = q.shape
+  table = tile_table(pools, batch, tiles.keys)
+  out = np.zeros(q.shape, np.float32)
+  columns = cos.shape[-1]
+  for video in range(batch):
+    for head in range(width // head_dim):
+      queries = np.array(q[video, :, head * head_dim:(head + 1) * head_dim], np.float32)
+      first = queries[:, :columns].copy()
+      quarter = np.array(turned[video, :, head * columns:(head + 1) * columns], np.float32)
+      logits, values = [], []
+      for i in range(int(table.total[video])):
+        pool = pools[int(table.pool[video, i])]
+        if (turn := int(table.turn[video, i])) >= 0:
+          queries[:, :columns] = first * cos[video, turn] + quarter * sin[video, turn]
+        begin = int(table.start[video, i])
+        rows = slice(begin + int(table.low[video, i]), begin + int(table.high[video, i]))
+        k, v = (np.array(x[video * x.shape[0] // batch, rows,
+                           head * head_dim:(head + 1) * head_dim], np.float32)
+                for x in (pool.k, pool.v))
+        logits.append(queries @ k.T)
+        values.append(v)
+      weights = np.array(jax.nn.softmax(np.concatenate(logits, axis=1) / head_dim**0.5, axis=-1))
+      out[video, :, head * head_dim:(head + 1) * head_dim] = weights @ np.concatenate(values)
+  return jnp.asarray(out, q.dtype)
+
+
+@pytest.fixture
+def without_the_card(monkeypatch):
+  monkeypatch.setattr(pallas_gpu, 'attend_pools', slow_kernel)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_kernel_is_asked_for_the_right_thing(case, without_the_card):
+  q, segments = CASES[case]
+  out = attend(q, segments, implementation='pallas')
+  wanted = interpreted.expected(q, segments)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=8e-3)
+
+
+def test_turning_queries_is_moving_keys():
+  """One key that is moved by 3 frames, one temporal pair of the head, by hand."""
+  q = np.zeros((1, 1, 1, 64), np.float32)
+  q[0, 0, 0, :2] = 1, 2
+  angle = rope.time_angles(jnp.float32(3), 64)[0]
+  cos, sin = pallas._rotations(jnp.array([[3.0]]), 64)
+  assert cos.shape == (1, 1, 64)
+  turned = np.array([-2.0, 1.0])
+  np.testing.assert_allclose(q[0, 0, 0, :2] * cos[0, 0, :2] + turned * sin[0, 0, :2],
+                             [np.cos(angle) + 2 * np.sin(angle), 2 * np.cos(angle) - np.sin(angle)],
+                             rtol=1e-6)
+  pairs = rope.rope_pairs(64)[0]
+  assert cos[0, 0, 2 * pairs:].tolist() == [1.0] * (64 - 2 * pairs)
+  assert sin[0, 0, 2 * pairs:].tolist() == [0.0] * (64 - 2 * pairs)
+
+
+def test_the_gradient_is_the_library_s(without_the_card):
+  q, segments = CASES['each video its own']
+  # Where nothing counts there is NaN, which no library may be asked to differentiate.
+  segments = jax.tree.map(lambda x: jnp.nan_to_num(x) if x.dtype == jnp.bfloat16 else x, segments)
+
+  def loss(q, segments, implementation):
+    out = attend(q, segments, implementation=implementation)
+    return jnp.sum(out.astype(jnp.float32) * jnp.arange(out.shape[-1]))
+
+  gradients = [jax.grad(functools.partial(loss, implementation=name), allow_int=True,
+                        argnums=(0, 1))(q, segments) for name in ('pallas', 'reference')]
+  for ours, theirs in zip(*map(jax.tree.leaves, gradients), strict=True):
+    if ours.dtype == jnp.bfloat16:
+      np.testing.assert_array_equal(ours, theirs)
+      assert np.any(np.asarray(ours, np.float32) != 0)
+
+
+def test_refuses_what_the_kernel_cannot_read():
+  q, (sink, *_) = CASES['a hole in the middle']
+  half = sink._replace(k=sink.k[:, :1, :63], v=sink.v[:, :1, :63])
+  for segments in ([half], [assemble([sink])], [jax.tree.map(jnp.float32, sink)]):
+    with pytest.raises(ValueError, match=r'pallas takes bfloat16 .* queries bfloat16\[1, 64, 1'):
+      attend(q, segments, implementation='pallas')
+  for wrong, message in ((dict(warpgroups=4), 'warpgroups=4 must be 2 or 3'),
+                         (dict(keys=40), 'keys=40 must be a multiple of 32'),
+                         (dict(stages=1), 'stages=1 must be at least 2')):
+    with pytest.raises(ValueError, match=message):
+      pallas_gpu.TileSpec(**wrong)
+
+
+def test_registers_are_there_for_all():
+  """A warpgroup that asks for more than is left waits for ever."""
+  for computing, (registers, fetching) in pallas_gpu.REGISTERS.items():
+    threads = 128 * (computing + 1)
+    launched = 65_536 // threads // 8 * 8
+    assert 128 * (computing * registers + fetching) <= launched * threads
+
+
+def at_full_size():
+  """Shapes of the 1.3B's attention at 832x480, 120 s."""
+  def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  def blocks(number, rows, attended):
+    pair = (shape(1, number, rows, 12, 128),) * 2
+    slots = (shape(1, attended, dtype=dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32))
+    return Blocks(*pair, *slots)
+
+  own = shape(1, 6240, 12, 128)
+  return own, [blocks(2, 6240, 2), blocks(128, 182, 16), blocks(1, 6240, 1), Segment(own, own)]
+
+
+@pytest.mark.parametrize('tiles', [pallas_gpu.TileSpec(), pallas_gpu.TileSpec(2, 128, 2)])
+def test_lowers_for_a_card_that_is_not_there(tiles):
+  """Checks layouts, shapes of products, divisibility of copies and shared memory."""
+  q, segments = at_full_size()
+  lowered = jax.jit(functools.partial(pallas.attend, tiles=tiles)).trace(q, segments).lower(
+      lowering_platforms=('cuda',))
+  assert lowered.as_text().count('mosaic_gpu') >= 1
+
+
+def test_too_large_tiles_do_not_lower():
+  q, segments = at_full_size()
+  tiles = dataclasses.replace(pallas_gpu.TileSpec(), stages=6)
+  with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
+    jax.jit(functools.partial(pallas.attend, tiles=tiles)).trace(q, segments).lower(
+        lowering_platforms=('cuda',))
+
+
+def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
+  """Exit status of a run in the interpreter, None if it waits for ever, and what it said."""
+  command = [sys.executable, str(pathlib.Path(interpreted.__file__)), mutation]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+  except subprocess.TimeoutExpired:
+    return None, ''
+  return done.returncode, done.stdout + done.stderr
+
+
+@needs_interpreter
+@pytest.mark.timeout(600)
+def test_equals_float32_in_the_interpreter_without_races():
+  status, said = interpret('', 500)
+  assert status == 0, said
+  assert said.count('at most') == len(CASES)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('mutation', [name for name in interpreted.MUTATIONS if name])
+def test_planted_bugs_are_found(mutation):
+  status, said = interpret(mutation, 120)
+  assert status != 0, said
+  assert 'does not fit the source' not in said
