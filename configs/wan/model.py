@@ -6,6 +6,7 @@ compares them); geometry and block length are yours to change.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import arguments
 
@@ -50,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       num_buckets=32, max_distance=128, max_tokens=512, dtypes=dict(_HALF)))
   config.transformer = ConfigDict(dict(
       **sizes, in_channels=16, out_channels=16, patch=(1, 2, 2), time_width=256, text_width=4096,
-      remat=False, dtypes=dict(_HALF)))
+      remat=False, attention=placeholder(str), dtypes=dict(_HALF)))
   config.compressor = ConfigDict(dict(
       in_channels=16, channels=(32, 128, 512, 2048), width=sizes['width'],
       # An odd number of latent frames cannot be halved.

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import use_abstract_mesh
 
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Blocks, Segment, attend, pallas, pallas_gpu
 from pf_jax.kernels.attention.tiles import tile_table
 from pf_jax.kernels.context import assemble
 from tests.kernels import interpreted
+from tests.kernels.test_platform import CARD
 
 VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
 needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
@@ -134,21 +136,29 @@ def at_full_size():
   return own, [blocks(2, 6240, 2), blocks(128, 182, 16), blocks(1, 6240, 1), Segment(own, own)]
 
 
+def lower(tiles: pallas_gpu.TileSpec):
+  q, segments = at_full_size()
+  attention = jax.jit(functools.partial(pallas.attend, tiles=tiles))
+  with use_abstract_mesh(CARD):
+    return attention.trace(q, segments).lower(lowering_platforms=('cuda',))
+
+
 @pytest.mark.parametrize('tiles', [pallas_gpu.TileSpec(), pallas_gpu.TileSpec(2, 128, 2)])
 def test_lowers_for_a_card_that_is_not_there(tiles):
   """Checks layouts, shapes of products, divisibility of copies and shared memory."""
-  q, segments = at_full_size()
-  lowered = jax.jit(functools.partial(pallas.attend, tiles=tiles)).trace(q, segments).lower(
-      lowering_platforms=('cuda',))
+  lowered = lower(tiles)
   assert lowered.as_text().count('mosaic_gpu') >= 1
 
 
 def test_too_large_tiles_do_not_lower():
-  q, segments = at_full_size()
-  tiles = dataclasses.replace(pallas_gpu.TileSpec(), stages=6)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
-    jax.jit(functools.partial(pallas.attend, tiles=tiles)).trace(q, segments).lower(
-        lowering_platforms=('cuda',))
+    lower(dataclasses.replace(pallas_gpu.TileSpec(), stages=6))
+
+
+def test_needs_a_card():
+  q, segments = CASES['own block alone']
+  with pytest.raises(ValueError, match=r"'pallas' is for Hopper cards, this is \w+; use None"):
+    attend(q, segments, implementation='pallas')
 
 
 def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
