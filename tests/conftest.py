@@ -29,7 +29,8 @@ _ORACLES = ('torch', 'diffusers', 'transformers')
 collect_ignore = [] if all(map(importlib.util.find_spec, _ORACLES)) else ['parity']
 # XLA's CUDA compiler is installed by `make test-aot` only.
 if importlib.util.find_spec('jax_cuda13_plugin') is None:
-  collect_ignore += ['aot/test_compile.py', 'aot/test_kernels.py', 'aot/test_training.py']
+  collect_ignore += ['aot/test_compile.py', 'aot/test_kernels.py', 'aot/test_launch_aot.py',
+                     'aot/test_training.py']
 
 
 def pytest_addoption(parser):

@@ -2,4 +2,7 @@
 
 targets    what the compiler has to know about a card.
 compile    compile_for: a function, abstract arguments, a target -> memory, seconds, executable.
+ptxas      registers and spills of Pallas kernels, from what the assembler prints.
+hlo        collectives of an optimised program.
+report     all of it for several programs, with a roofline: JSON and tables.
 """

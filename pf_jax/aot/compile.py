@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,28 @@ from pf_jax.aot.targets import GpuTarget
 from pf_jax.types import PyTree
 
 PLUGIN = 'jax_cuda13_plugin'
+
+
+class Program(NamedTuple):
+  """What `compile_for` is to compile.
+
+  Attributes:
+    name: short, to choose it by.
+    title: for people.
+    function: see `compile_for`, likewise the rest.
+    arguments: shapes.
+    donate: positions of arguments.
+    options: of XLA.
+    trips: turns, at most, of a loop whose length is known only when it runs.
+  """
+
+  name: str
+  title: str
+  function: Callable
+  arguments: tuple[PyTree, ...]
+  donate: tuple[int, ...] = ()
+  options: Mapping[str, Any] | None = None
+  trips: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +67,7 @@ class Report:
     scratch_bytes: most memory in between, workspaces of cuDNN and cuBLAS excepted.
     trace_seconds: wall time from Python to XLA's input.
     compile_seconds: wall time from there to machine code.
+    jaxpr: the program as it was traced for the card, to count operations of.
     executable: `as_text()` shows the optimised program; it cannot be called.
   """
 
@@ -56,6 +79,7 @@ class Report:
   scratch_bytes: int
   trace_seconds: float
   compile_seconds: float
+  jaxpr: Any
   executable: jax.stages.Compiled
 
   @property
@@ -118,7 +142,8 @@ def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarg
   abstract = jax.tree.map(functools.partial(_on_mesh, mesh), tuple(arguments))
   start = time.perf_counter()
   with _as_if_on(target, mesh):
-    lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*abstract)
+    trace = jax.jit(function, donate_argnums=tuple(donate)).trace(*abstract)
+    lowered = trace.lower()
   traced = time.perf_counter()
   with _no_compilation_cache():
     executable = lowered.compile(dict(options) if options else None)
@@ -126,7 +151,8 @@ def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarg
   return Report(target=target, devices=devices, argument_bytes=plan.argument_size_in_bytes,
                 output_bytes=plan.output_size_in_bytes, alias_bytes=plan.alias_size_in_bytes,
                 scratch_bytes=plan.temp_size_in_bytes, trace_seconds=traced - start,
-                compile_seconds=time.perf_counter() - traced, executable=executable)
+                compile_seconds=time.perf_counter() - traced, jaxpr=trace.jaxpr,
+                executable=executable)
 
 
 def _on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -4,12 +4,14 @@ XLA reads a target as a protocol buffer in text form (`GpuTargetConfigProto`), o
 its numbers, which a card's driver would report, the compiler chooses tiles and fusions and refuses
 kernels that exceed them.
 
-Source of the numbers: OpenXLA's own descriptions of these cards.
+Source of the numbers: OpenXLA's own descriptions of these cards; peaks are those of NVIDIA's data
+sheets (SXM; half of what they give "with sparsity").
 """
 
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,9 @@ class GpuTarget:
     cudnn: version (major, minor, patch) that programs may rely on.
     accelerated: use the features of this very architecture, which Hopper's tensor cores need
       ('sm_90a' rather than 'sm_90').
+    peak_flops: bfloat16 matrix products without sparsity, FLOP/s, by the data sheet; None: unknown.
+    measured_flops: what a product of random 8192 x 8192 matrices reached; None: not measured.
+    measured_bandwidth: what a copy reached, bytes/s.
   """
 
   name: str
@@ -83,6 +88,9 @@ class GpuTarget:
   info: GpuDeviceInfo
   cudnn: tuple[int, int, int] = (9, 10, 0)
   accelerated: bool = True
+  peak_flops: float | None = None
+  measured_flops: float | None = None
+  measured_bandwidth: float | None = None
 
   @property
   def cudnn_version(self) -> int:
@@ -109,8 +117,29 @@ class GpuTarget:
 TARGETS: Mapping[str, GpuTarget] = types.MappingProxyType({
     'h200': GpuTarget('NVIDIA H200', (9, 0), GpuDeviceInfo(
         core_count=132, clock_rate_ghz=1.98, memory_bandwidth=4_800_000_000_000,
-        device_memory_size=151_397_597_184, l2_cache_size=50 * 1024**2)),
+        device_memory_size=151_397_597_184, l2_cache_size=50 * 1024**2),
+        peak_flops=989.4e12, measured_flops=790e12, measured_bandwidth=4.3e12),
     'h100': GpuTarget('NVIDIA H100 80GB HBM3', (9, 0), GpuDeviceInfo(
         core_count=132, clock_rate_ghz=1.98, memory_bandwidth=3_352_320_000_000,
-        device_memory_size=84_942_979_072, l2_cache_size=50 * 1024**2)),
+        device_memory_size=84_942_979_072, l2_cache_size=50 * 1024**2),
+        peak_flops=989.4e12),
 })
+
+
+class Machine(NamedTuple):
+  """Some equal cards of one host.
+
+  Attributes:
+    name: for command lines.
+    target: the card.
+    devices: how many of them.
+  """
+
+  name: str
+  target: GpuTarget
+  devices: int
+
+
+MACHINES: Mapping[str, Machine] = types.MappingProxyType({
+    name: Machine(name, TARGETS[card], devices)
+    for name, card, devices in (('h200', 'h200', 1), ('h100', 'h100', 1), ('h200x8', 'h200', 8))})

@@ -4,14 +4,11 @@ With a target the steady block is compiled ahead for that card, which need not b
 scratch that the compiler plans is part of the sum.
 """
 
-import functools
 import pathlib
 
 from pf_jax.aot.targets import TARGETS
-from pf_jax.models import bundle
 from pf_jax.released import ReleasedWeights
 from pf_jax.request import Request
-from pf_jax.rollout import block as block_lib
 from pf_jax.sampling import budget as budget_lib
 from pf_jax.sampling import meter
 from pf_jax.sampling.beginning import Beginning
@@ -93,14 +90,12 @@ def planned_scratch(plan: Plan, target: str, say: Say) -> int:
     SampleError: its compiler is not installed.
   """
   from pf_jax.aot.compile import compile_for
+  from pf_jax.sampling import ahead
 
-  models = bundle.shapes(plan.model).without_text()
-  shapes = block_lib.input_shapes(models, plan.batch, plan.rollout)
+  block = ahead.programs(plan.model, plan.rollout, plan.batch)['block']
   say(f'compiling a block for {TARGETS[target].name} ...')
-  block = functools.partial(block_lib.sample_block, first=False, spec=plan.rollout)
   try:
-    report = compile_for(block, (models, shapes.state, shapes.text, shapes.keys), TARGETS[target],
-                         donate=(1,))
+    report = compile_for(block.function, block.arguments, TARGETS[target], donate=block.donate)
   except ModuleNotFoundError as error:
     raise SampleError(str(error)) from error
   say(f'compiled in {report.trace_seconds + report.compile_seconds:.0f} s: '

@@ -299,7 +299,8 @@ def sketch(stage: DmdStage, config: TrainConfig) -> plan.Sketch:
         state.params[GENERATOR], nets.vae, frozen), mesh)
     window = plan.bytes_of(batch(mesh).window)
     resident = () if stage.lora.rank else (0,)
-    return [plan.Call(f'rollout: {name}', function, (models, *arguments), resident, donate, window)
+    return [plan.Call(f'rollout: {name}', function, (models, *arguments), resident, donate, window,
+                      trips=len(stage.sampler.steps) - 1)
             for name, function, arguments, donate in self_forcing.programs(
                 models, count, mesh, rollout=objective(None, None).rollout,
                 spec=stage.self_forcing)]

@@ -17,6 +17,8 @@ Attention is counted over all slots, empty ones included; convolutions over the 
 data, not over padding or the zeros between dilated elements, so that a backward pass is as dear as
 its forward pass for each of the two gradients.
 
+`traffic_of_jaxpr` counts the bytes that the same products move, each operand and each result once.
+
 Source: arXiv:2204.02311, appendix B (MFU and HFU); arXiv:2205.14135 (attention's recomputation).
 """
 
@@ -42,9 +44,11 @@ _PEAKS = (
     ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5e', 197e12), ('TPU v5', 459e12),
     ('TPU v6', 918e12))
 _MEASURED_SECONDS = 0.05
+# Kernels of Pallas: what they do is their caller's to say, as `cost_estimate`.
+_KERNELS = frozenset({'pallas_call', 'mpmd_map', 'core_map'})
 # Primitives whose work is not to be seen in their parameters.
 _UNKNOWN = frozenset({
-    'pallas_call', 'ffi_call', 'ragged_dot_general', 'scaled_matmul', 'scaled_matmul_wrapper',
+    'ffi_call', 'ragged_dot_general', 'scaled_matmul', 'scaled_matmul_wrapper',
     'cudnn_fusion', 'cholesky', 'triangular_solve', 'eigh', 'svd', 'qr', 'fft', 'pure_callback'})
 
 
@@ -86,8 +90,12 @@ def _attention(equation: core.JaxprEqn) -> int:
   return 2 * math.prod(query) * key[tokens]
 
 
+_PRODUCTS = {'dot_general': _dot_general, 'conv_general_dilated': _convolution}
+_ATTENTION = 'dot_product_attention'
+
+
 class _Counter:
-  """Walks a jaxpr; see `count`."""
+  """Walks a jaxpr and sums what its products take; see `count`."""
 
   def __init__(self, recomputation: bool, trips: int | None):
     self._recomputation, self._trips = recomputation, trips
@@ -99,16 +107,14 @@ class _Counter:
   def equation(self, equation: core.JaxprEqn) -> int:
     """Of one, with the functions inside it."""
     name = equation.primitive.name
-    if name in _UNKNOWN:
+    estimate = equation.params.get('cost_estimate') if name in _KERNELS else None
+    if name in _UNKNOWN or (name in _KERNELS and estimate is None):
       raise ValueError(f'the operations of the primitive {name!r} are not to be seen in its trace; '
                        'count a function that does the same without it.')
-    if name == 'dot_general':
-      return _dot_general(equation)
-    if name == 'conv_general_dilated':
-      return _convolution(equation)
-    if name.startswith('dot_product_attention'):
-      forward = '_fwd' in name
-      return _attention(equation) * (2 if forward else 5 if self._recomputation else 4)
+    if estimate is not None:
+      return self.estimated(estimate)
+    if name in _PRODUCTS or name.startswith(_ATTENTION):
+      return self.product(equation)
     inner: list[int] = [self.jaxpr(jaxpr) for jaxpr in _jaxprs(equation)]
     if name == 'scan':
       return int(equation.params['length']) * sum(inner)
@@ -122,6 +128,29 @@ class _Counter:
     if name == 'shard_map':
       return _shards(equation) * sum(inner)
     return sum(inner)
+
+  def product(self, equation: core.JaxprEqn) -> int:
+    """Operations of a matrix product, a convolution or fused attention."""
+    name = equation.primitive.name
+    if name in _PRODUCTS:
+      return _PRODUCTS[name](equation)
+    return _attention(equation) * (2 if '_fwd' in name else 5 if self._recomputation else 4)
+
+  def estimated(self, estimate: Any) -> int:
+    """Of a kernel, from its `pallas.CostEstimate`."""
+    return estimate.flops
+
+
+class _Traffic(_Counter):
+  """The same for bytes; see `traffic_of_jaxpr`."""
+
+  def product(self, equation: core.JaxprEqn) -> int:
+    """Operands and results, each once."""
+    arrays: list[Any] = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+  def estimated(self, estimate: Any) -> int:
+    return estimate.bytes_accessed
 
 
 def _jaxprs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
@@ -158,10 +187,35 @@ def count(function: Callable, *args: PyTree, recomputation: bool = True, trips: 
   Raises:
     ValueError: a `while` loop without `trips`, or a primitive that hides its work.
   """
-  closed = jax.make_jaxpr(function)(*args)
+  return count_jaxpr(jax.make_jaxpr(function)(*args), recomputation=recomputation, trips=trips)
+
+
+def count_jaxpr(closed: Any, *, recomputation: bool = True, trips: int | None = None) -> int:
+  """`count` of what was traced already."""
+  return _Counter(recomputation, trips).jaxpr(_needed(closed))
+
+
+def traffic_of_jaxpr(closed: Any, *, trips: int | None = None) -> int:
+  """Bytes that the products of a traced function read and write, on all devices together.
+
+  Each product reads its operands once and writes its result once; whatever is elementwise is taken
+  to be computed by the product before or after it, and moves nothing. It is a lower bound, but for
+  results that the compiler keeps from one product to the next.
+
+  Args:
+    closed: from `jax.make_jaxpr`, or traced for another machine.
+    trips: turns of each `while` loop with products in it.
+
+  Raises:
+    ValueError: as `count`.
+  """
+  return _Traffic(True, trips).jaxpr(_needed(closed))
+
+
+def _needed(closed: Any) -> core.Jaxpr:
+  """Without what nobody reads."""
   used = [True] * len(closed.jaxpr.outvars)
-  jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
-  return _Counter(recomputation, trips).jaxpr(jaxpr)
+  return partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)[0]
 
 
 def _keep_everything(jaxpr: Any) -> Any:

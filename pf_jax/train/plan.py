@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pf_jax.aot import compile as aot
 from pf_jax.aot.targets import GpuTarget
+from pf_jax.outputs import slug
 from pf_jax.train import loop, sharding
 from pf_jax.train.config import OptimizerConfig, TrainConfig
 from pf_jax.train.state import TrainState, init_state, moving_parts
@@ -31,7 +32,7 @@ COMPILER = (f'pip install --no-deps {aot.PLUGIN.replace("_", "-")}=={jax.__versi
 
 # Without a card to tune on, XLA's own choice of tiles for the compressor's last product (910 x 2048
 # x 1536, float32) does not compile. Products by cuBLAS take no more memory.
-_OPTIONS = {'xla_gpu_enable_triton_gemm': False}
+OPTIONS = {'xla_gpu_enable_triton_gemm': False}
 
 
 class Call(NamedTuple):
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     resident: which of them are resident, so that only the rest counts.
     donate: positions of arguments whose memory the results take over.
     beside: bytes that lie there meanwhile, of each card.
+    trips: turns, at most, of a loop whose length is known only when it runs.
   """
 
   name: str
@@ -52,6 +54,7 @@ class Call(NamedTuple):
   resident: tuple[int, ...] = ()
   donate: tuple[int, ...] = ()
   beside: int = 0
+  trips: int | None = None
 
 
 class Sketch(NamedTuple):
@@ -180,12 +183,33 @@ def make_plan(sketch: Sketch, config: TrainConfig, target: GpuTarget, devices: i
     for call in calls:
       say(f'compiling {call.name} for {devices} x {target.name} ...')
       report = aot.compile_for(call.function, call.arguments, target, devices=devices,
-                               donate=call.donate, options=_OPTIONS)
+                               donate=call.donate, options=OPTIONS)
       known = sum(bytes_of(call.arguments[i]) for i in call.resident)
       # Arguments that a program does not use are not among its bytes, but do lie there.
       unused = sum(map(bytes_of, call.arguments)) - report.argument_bytes
       programs[call.name] = report.total_bytes + max(unused, 0) - known + call.beside
   return Plan(target.name, devices, target.info.device_memory_size, sizes, given, programs)
+
+
+def make_programs(sketch: Sketch, config: TrainConfig, target: GpuTarget, devices: int
+                  ) -> list[aot.Program]:
+  """The programs of a training, to be compiled for a machine that is not there.
+
+  Args:
+    sketch: the stage.
+    config: of the run.
+    target: the card.
+    devices: how many of them, in one host.
+
+  Raises:
+    ModuleNotFoundError: the card's compiler is not installed; says how to add it.
+    ValueError: a batch that does not divide into parts and cards.
+  """
+  mesh = aot.device_mesh(target, devices)
+  step, state = _state(sketch, config, mesh)
+  calls = [*_steps(sketch, config, step, state, sketch.batch(mesh)), *sketch.calls(mesh, state)]
+  return [aot.Program(slug(call.name), call.name, call.function, call.arguments, call.donate,
+                      OPTIONS, call.trips) for call in calls]
 
 
 def _mesh(target: GpuTarget, devices: int) -> tuple[Mesh | AbstractMesh, bool]:

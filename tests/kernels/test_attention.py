@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from pf_jax.kernels.attention import Segment, attend, cudnn, reference
+from pf_jax.kernels.attention import Blocks, Segment, attend, cudnn, reference
 
 HEADS, SIZE = 2, 8
 
@@ -98,9 +98,11 @@ def test_chosen_for_cards_in_half_precision_only(monkeypatch):
     attend(half, [Segment(half, half)])
     attend(half.astype(jnp.float32), [Segment(half, half)])
     attend(half[..., :6], [Segment(half[..., :6], half[..., :6])])
+    blocks = Blocks(half[:, None], half[:, None], jnp.zeros((1, 1)), jnp.ones((1, 1), bool))
+    attend(half, [blocks, blocks, Segment(half, half)])
     valid = jnp.ones((1, 4), bool)
     attend(half, [Segment(half, half, valid), Segment(half, half, valid)])
-  assert calls == ['reference', 'cudnn', 'reference', 'reference', 'reference']
+  assert calls == ['reference', 'cudnn', 'reference', 'reference', 'cudnn', 'reference']
 
 
 def test_refuses_what_cudnn_cannot_do():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
 from pf_jax.kernels.attention import Segment, attend
@@ -289,3 +290,39 @@ def test_a_real_measurement():
   rate, source = flops.peak_flops(jax.devices('cpu')[0])
   assert source == 'measured'
   assert 1e8 < rate < 1e14
+
+
+def traffic(function, *args, **options):
+  return flops.traffic_of_jaxpr(jax.make_jaxpr(function)(*args), **options)
+
+
+def test_bytes_that_products_move(as_if_cudnn_were_here):
+  half = jnp.bfloat16
+  assert traffic(lambda a, b: jnp.tanh(a) @ b + 1, shape(2, 3), shape(3, 5)) == 4 * (6 + 15 + 10)
+  assert traffic(jnp.matmul, shape(2, 3, dtype=half), shape(3, 5, dtype=half)) == 2 * 31
+  assert traffic(convolve, shape(2, 5, 4), shape(3, 4, 6)) == 4 * (40 + 72 + 2 * 3 * 6)
+  assert traffic(jnp.add, shape(2, 3), shape(2, 3)) == 0
+
+  def body(x, weight):
+    return x @ weight, x @ x.T  # of which the second is read by nobody
+
+  assert traffic(lambda x, w: jax.lax.scan(body, x, w)[0], shape(3, 4), shape(5, 4, 4)) == (
+      5 * 4 * (12 + 16 + 12))
+  q, k = shape(2, 8, 3, 64, dtype=half), shape(2, 24, 3, 64, dtype=half)
+  fused = traffic(lambda q, k, v: attend(q, [Segment(k, v)], implementation='cudnn'), q, k, k)
+  own = 2 * 2 * 3 * 64 * (8 + 24 + 24 + 8)
+  assert own <= fused < 1.1 * own  # no logits, but sums and such
+
+
+def kernel(estimate):
+  def copy(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+  return lambda x: pl.pallas_call(copy, out_shape=shape(4), cost_estimate=estimate)(x)
+
+
+def test_a_kernel_counts_what_it_says():
+  said = pl.CostEstimate(flops=70, transcendentals=0, bytes_accessed=32)
+  assert flops.count(kernel(said), shape(4)) == 70
+  assert traffic(kernel(said), shape(4)) == 32
+  with pytest.raises(ValueError, match="the primitive 'pallas_call' are not to be seen"):
+    flops.count(kernel(None), shape(4))

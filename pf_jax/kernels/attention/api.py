@@ -36,14 +36,14 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
   for index, segment in enumerate(segments):
     _check(index, segment, q)
   segments = [segment for segment in segments if _rows(segment)]
+  if implementation not in (None, *BACKENDS):
+    raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
+  if implementation != 'pallas':
+    segments = _assembled(segments)
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.
     fits = target_platform() == 'cuda' and cudnn.supports(q, segments)
     implementation = 'cudnn' if fits else 'reference'
-  if implementation not in BACKENDS:
-    raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
-  if implementation != 'pallas':
-    segments = _assembled(segments)
   backend = BACKENDS[implementation]
   if not backend.supports(q, segments):
     raise ValueError(f'{implementation} takes {backend.LIMITS}, got queries '

@@ -1,0 +1,71 @@
+"""Our own kernels, compiled for an H200 (`make test-aot`): no register is put aside in memory."""
+
+import dataclasses
+import functools
+import os
+
+import pytest
+
+from configs.wan import t2v_1_3b
+from launch.build import build
+from pf_jax.aot import ptxas
+from pf_jax.aot.compile import compile_for
+from pf_jax.aot.targets import TARGETS
+from pf_jax.kernels.attention import pallas, pallas_gpu
+from pf_jax.models import bundle
+from pf_jax.models.bundle import ModelSpec
+from pf_jax.pipeline import rollout_spec
+from pf_jax.rollout import block as block_lib
+from pf_jax.types import tree_bytes
+from tests.kernels.test_pallas import at_full_size
+
+H200 = TARGETS['h200']
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(
+    os.environ.get(ptxas.VARIABLE) != '1',
+    reason=f'the assembler says nothing without {ptxas.VARIABLE}=1; use make test-aot')]
+
+
+def compiled(function, arguments, **options):
+  """What the compiler says, and the kernels that were assembled."""
+  with ptxas.captured() as lines:
+    report = compile_for(function, arguments, H200, **options)
+  return report, ptxas.parse('\n'.join(lines))
+
+
+@pytest.mark.parametrize('tiles', [pallas_gpu.TileSpec(), pallas_gpu.TileSpec(2, 128, 2)])
+def test_attention_reads_the_cache_where_it_lies(tiles):
+  q, segments = at_full_size()
+  report, kernels = compiled(functools.partial(pallas.attend, tiles=tiles), (q, segments))
+  assert len(kernels) == 1
+  assert (kernels[0].spill_store_bytes, kernels[0].spill_load_bytes) == (0, 0)
+  # Queries a quarter turn further take half of theirs; gathered and moved, the history's keys and
+  # values would take 133 MB.
+  assert report.scratch_bytes < 0.6 * tree_bytes(q)
+  assert '__cudnn' not in report.executable.as_text()
+
+
+def test_spills_are_seen():
+  """The mutation: tiles for which there are not enough registers."""
+  q, segments = at_full_size()
+  tiles = pallas_gpu.TileSpec(keys=96, stages=2)
+  _, [kernel] = compiled(functools.partial(pallas.attend, tiles=tiles), (q, segments))
+  assert kernel.spill_store_bytes > 0
+
+
+def test_a_whole_block_of_the_1_3b_with_it():
+  config = t2v_1_3b.get_config()
+  model = build(ModelSpec, config.model)
+  model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer,
+                                                                     attention='pallas'))
+  spec = rollout_spec(model, {name: {key: value for key, value in config[name].items()
+                                     if value is not None} for name in ('cache', 'sampler')})
+  models = bundle.shapes(model).without_text()
+  shapes = block_lib.input_shapes(models, 1, spec)
+  report, kernels = compiled(functools.partial(block_lib.sample_block, first=False, spec=spec),
+                             (models, shapes.state, shapes.text, shapes.keys), donate=(1,))
+  assert kernels
+  assert all(kernel.spill_store_bytes == 0 for kernel in kernels)
+  assert report.alias_bytes == tree_bytes(shapes.state)
+  assert report.scratch_bytes < 6.5e9
+  assert report.trace_seconds + report.compile_seconds < 60
