@@ -27,7 +27,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, tile_table
-from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
@@ -90,13 +89,7 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
 
   Returns:
     [B, T, N * H] in q's dtype.
-
-  Raises:
-    ValueError: there is neither a card nor an interpreter.
   """
-  if interpret is None and target_platform() != 'cuda':
-    raise ValueError(f"implementation='pallas' is for Hopper cards, this is {target_platform()}; "
-                     'use None, which chooses by itself.')
   batch, tokens, width = q.shape
   table = tile_table(pools, batch, tiles.keys)
   body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
