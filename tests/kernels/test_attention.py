@@ -71,6 +71,25 @@ def test_queries_in_parts_give_the_same(case, monkeypatch):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_parts_do_not_add_up_gradients_in_half_precision(monkeypatch):
+  """1024 queries in 128 parts: gradients of keys and values are as good as in one."""
+  q, k, v = (draw(seed, 1, tokens, jnp.bfloat16) for seed, tokens in ((0, 1024), (1, 16), (2, 16)))
+
+  def gradients(dtype):
+    def loss(k, v):
+      out = reference.attend(q.astype(dtype), [Segment(k, v)])
+      return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    return [np.asarray(x, np.float32) for x in jax.grad(loss, (0, 1))(*(x.astype(dtype)
+                                                                       for x in (k, v)))]
+
+  exact = gradients(jnp.float32)
+  at_once = gradients(jnp.bfloat16)
+  monkeypatch.setattr(reference, 'LOGITS_BYTES', 4 * HEADS * 16 * 8)
+  for parts, once, wanted in zip(gradients(jnp.bfloat16), at_once, exact, strict=True):
+    assert np.linalg.norm(parts - wanted) < 1.3 * np.linalg.norm(once - wanted)
+
+
 def test_parts_keep_the_logits_out_of_memory(monkeypatch):
   """512 queries of two heads over 1024 keys: 4.2 MB of logits at once, in parts an eighth."""
   q, k = jnp.zeros((1, 512, HEADS, SIZE)), jnp.zeros((1, 1024, HEADS, SIZE))
@@ -103,6 +122,21 @@ def test_chosen_for_cards_in_half_precision_only(monkeypatch):
     valid = jnp.ones((1, 4), bool)
     attend(half, [Segment(half, half, valid), Segment(half, half, valid)])
   assert calls == ['reference', 'cudnn', 'reference', 'reference', 'cudnn', 'reference']
+
+
+def test_refuses_blocks_that_contradict_themselves():
+  q = draw(0, 2, 4)
+  blocks = Blocks(q[:, None], q[:, None], jnp.zeros((1, 1)), jnp.ones((1, 1), bool))
+  for change, message in (
+      (dict(shift=jnp.zeros((1, 2))), r'has shift of shape \[1, 2\], wanted \[1 or 2, 1\]'),
+      (dict(chosen=jnp.zeros((3, 1), int)), r'has chosen of shape \[3, 1\], wanted \[1 or 2, 1\]'),
+      (dict(k=jnp.zeros((2, 3, 4, 2, 8)), v=jnp.zeros((2, 3, 4, 2, 8))),
+       'attends 1 blocks of 3 without saying which')):
+    with pytest.raises(ValueError, match=message):
+      attend(q, [blocks._replace(**change)])
+  for nothing in ([], [Segment(q[:, :0], q[:, :0])]):
+    with pytest.raises(ValueError, match='there is nothing to attend'):
+      attend(q, nothing)
 
 
 def test_refuses_what_cudnn_cannot_do():

@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from pf_jax.kernels.attention import Segment, attend
+from pf_jax.kernels.attention import Blocks, Segment, attend, partition, reference
+from pf_jax.kernels.context import assemble
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.train import sharding
 from pf_jax.train.checkpoint import Checkpoints
@@ -142,8 +143,8 @@ def draw(seed, batch, tokens):
   return jax.random.normal(jax.random.key(seed), (batch, tokens, 2, 8))
 
 
-@pytest.mark.parametrize('batches', [(8, 8), (8, 4), (8, 2), (3, 3)],
-                         ids=['own', 'shared, split', 'shared, repeated', 'whole'])
+@pytest.mark.parametrize('batches', [(8, 8), (8, 4), (8, 2), (8, 1), (3, 3)], ids=[
+    'own', 'shared, split', 'shared, repeated', 'for all', 'whole'])
 def test_each_device_attends_with_its_own_videos(batches):
   batch, shared = batches
   q, own = draw(0, batch, 5), Segment(draw(1, batch, 5), draw(2, batch, 5))
@@ -160,3 +161,23 @@ def test_each_device_attends_with_its_own_videos(batches):
     program = jax.jit(grad).lower(q, segments[1].k).compile()
   assert_close(program(q, segments[1].k), wanted, rtol=1e-4, atol=1e-5)
   assert f'f32[{batch // 4 or batch},2,5,12]' in program.as_text()  # logits of a device
+
+
+@pytest.mark.parametrize(('videos', 'flags'), [(4, 4), (4, 1), (1, 1)],
+                         ids=['own', 'flags for all', 'for all'])
+def test_each_device_reads_blocks_of_its_own_videos(videos, flags):
+  """A backend that is handed blocks; positions and choices may be those of all videos."""
+  rng = np.random.default_rng(0)
+  blocks = Blocks(*(jnp.asarray(rng.standard_normal((videos, 3, 2, 2, 8)), jnp.float32)
+                    for _ in range(2)), jnp.asarray(rng.integers(-9, 0, (flags, 2)), jnp.float32),
+                  jnp.ones((flags, 2), bool).at[-1, 1].set(flags == 1),
+                  jnp.asarray(rng.integers(0, 3, (flags, 2))))
+  q = draw(0, 4, 5)
+
+  def backend(q, segments):
+    return reference.attend(q, [assemble(segments)])
+
+  wanted = backend(q, [blocks])
+  with jax.set_mesh(FOUR):
+    got = jax.jit(lambda q, blocks: partition.over_batch(backend, q, [blocks]))(q, blocks)
+  assert_close(got, wanted, rtol=1e-5, atol=1e-6)

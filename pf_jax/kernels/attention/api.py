@@ -30,12 +30,14 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     [B, T, N, H] in q's dtype. At least one token must be valid for every query.
 
   Raises:
-    ValueError: an implementation that is unknown or does not fit, or a segment whose shape does not
-      fit the query.
+    ValueError: an implementation that is unknown or does not fit, a segment whose shape does not
+      fit the query, or nothing to attend.
   """
   for index, segment in enumerate(segments):
     _check(index, segment, q)
   segments = [segment for segment in segments if _rows(segment)]
+  if not segments:
+    raise ValueError('there is nothing to attend; wanted at least one segment with tokens.')
   if implementation not in (None, *BACKENDS):
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
   if implementation != 'pallas':
@@ -66,6 +68,17 @@ def _check(index: int, segment: Segment | Blocks, q: Array) -> None:
     raise ValueError(
         f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
         f'[b, {rows}, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
+  if isinstance(segment, Segment):
+    return
+  attended = segment.valid.shape[-1]
+  for name in ('shift', 'valid', 'chosen'):
+    value = getattr(segment, name)
+    if value is not None and value.shape not in ((1, attended), (batch, attended)):
+      raise ValueError(f'segment {index} has {name} of shape {list(value.shape)}, wanted [1 or '
+                       f'{batch}, {attended}] like valid.')
+  if segment.chosen is None and attended != segment.k.shape[1]:
+    raise ValueError(f'segment {index} attends {attended} blocks of {segment.k.shape[1]} without '
+                     'saying which; give chosen.')
 
 
 def _assembled(segments: Sequence[Segment | Blocks]) -> list[Segment]:

@@ -31,8 +31,10 @@ from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
 MASKED = -1e30
-# Registers of a thread that (computes, fetches). A card has 512 for the threads of four warpgroups
-# that share a place, 504 for three: asking for more would wait for ever.
+SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
+# Registers of a thread that (computes, fetches). A multiprocessor has 65,536, which is 512 for each
+# of 128 places in a warpgroup; three warpgroups are launched with 168 each, 504 in all. A warpgroup
+# that asks for more than the others leave waits for ever.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
@@ -71,6 +73,13 @@ class TileSpec:
     """Of a program."""
     return self.warpgroups * ROWS
 
+  def shared_bytes(self, head_dim: int, rotations: int) -> int:
+    """Shared memory of a program for so many attended blocks, without its barriers."""
+    half, full = 2, 4
+    queries = self.queries * (head_dim + 2 * COLUMNS) * half
+    return (queries + 2 * self.stages * self.keys * head_dim * half
+            + 2 * rotations * COLUMNS * full)
+
 
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
                  head_dim: int, tiles: TileSpec = TileSpec(), interpret: Any = None) -> Array:
@@ -89,7 +98,14 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
 
   Returns:
     [B, T, N * H] in q's dtype.
+
+  Raises:
+    ValueError: more blocks than there is shared memory for.
   """
+  needed = tiles.shared_bytes(head_dim, cos.shape[1])
+  if needed > SHARED_BYTES:
+    raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
+                     f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
   batch, tokens, width = q.shape
   table = tile_table(pools, batch, tiles.keys)
   body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
@@ -111,8 +127,8 @@ class _Scratch(NamedTuple):
   """Shared memory and barriers of a program.
 
   Attributes:
-    q: [w, 64, H], queries as the next product reads them.
-    head: [w, 64, COLUMNS], their first columns as they came.
+    q: [w, 64, H], queries as the next product reads them, turned.
+    head: [w, 64, COLUMNS], their first columns as they came, to be turned anew for every block.
     turned: [w, 64, COLUMNS].
     k: [stages, keys, H].
     v: [stages, keys, H].
@@ -144,7 +160,7 @@ class _Scratch(NamedTuple):
 
 
 def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted: bool) -> _Scratch:
-  # Columns of v's tiles run along keys in the product: their swizzle must divide a tile.
+  # The product with v contracts keys: a tile must hold whole swizzled groups of them.
   def room(*shape: int, swizzle: int = 128):
     columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(

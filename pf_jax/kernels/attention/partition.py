@@ -30,17 +30,21 @@ def over_batch(attend: Callable[[Array, Sequence], Array], q: Array, segments: S
   cards, batch = math.prod(sizes.values()), q.shape[0]
   if cards == 1:
     return attend(q, segments)
-  spec = PartitionSpec() if batch % cards else PartitionSpec(tuple(sizes))
-  if not batch % cards:
-    segments = [_for_each_card(segment, batch, cards) for segment in segments]
+  names = PartitionSpec(tuple(sizes))
+  if batch % cards:
+    specs = jax.tree.map(lambda x: PartitionSpec(), (q, list(segments)))
+  else:
+    segments = jax.tree.map(lambda x: _for_each_card(x, batch, cards), list(segments))
+    specs = jax.tree.map(lambda x: PartitionSpec() if x.shape[0] == 1 else names, (q, segments))
   # Nothing is exchanged, so there is nothing for shard_map to check; cuDNN's call has no rule.
-  return jax.shard_map(attend, in_specs=(spec, spec), out_specs=spec, axis_names=set(sizes),
+  return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], axis_names=set(sizes),
                        check_vma=False)(q, list(segments))
 
 
-def _for_each_card(segment, batch: int, cards: int):
-  """The segment, its rows repeated for their queries if they cannot be split over the cards."""
-  rows = segment.k.shape[0]
-  if rows % cards == 0:
-    return segment
-  return jax.tree.map(lambda x: jnp.repeat(x, batch // rows, axis=0), segment)
+def _for_each_card(x: Array, batch: int, cards: int) -> Array:
+  """An array of a segment, its rows repeated for their queries if cards cannot share them out.
+
+  One row is for all videos, on every card.
+  """
+  rows = x.shape[0]
+  return x if rows == 1 or rows % cards == 0 else jnp.repeat(x, batch // rows, axis=0)

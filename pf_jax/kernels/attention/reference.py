@@ -64,7 +64,16 @@ def attend(q: Array, segments: Sequence) -> Array:
   at_once = -(-tokens // turns)  # as even as can be
   padded = jnp.pad(q, ((0, 0), (0, turns * at_once - tokens), (0, 0), (0, 0)))
   parts = einops.rearrange(padded, 'b (c t) n h -> c b t n h', c=turns)
-  out = jax.lax.map(jax.checkpoint(lambda part: _attend(part, segments)), parts)
+  # Gradients of keys and values are sums over the parts: not in half precision.
+  wide = [segment._replace(k=segment.k.astype(jnp.float32), v=segment.v.astype(jnp.float32))
+          for segment in segments]
+
+  @jax.checkpoint
+  def some(part: Array) -> Array:
+    return _attend(part, [x._replace(k=x.k.astype(segment.k.dtype), v=x.v.astype(segment.v.dtype))
+                          for x, segment in zip(wide, segments, strict=True)])
+
+  out = jax.lax.map(some, parts)
   return einops.rearrange(out, 'c b t n h -> b (c t) n h')[:, :tokens]
 
 

@@ -30,7 +30,8 @@ class Blocks(NamedTuple):
 
   Attributes:
     k: [B, n, T, N, H], all blocks of the partition; their rotation lacks `shift`.
-    v: [B, n, T, N, H].
+    v: [B, n, T, N, H]; finite, also where nothing counts: its weight is zero, but a fused kernel
+      multiplies by it all the same.
     shift: [b, s], where each attended block starts, in latent frames from the current one.
     valid: [b, s] bool, which of them count.
     chosen: [b, s] int32, which blocks are attended; None for all n of them in order.
