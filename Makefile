@@ -1,5 +1,5 @@
 # make demo | make test | make check | make test-parity | make test-aot | make test-full
-# make test-kernels | make test-reliability | make setup | make clean
+# make test-kernels | make test-reliability | make bench | make setup | make clean
 #
 # Each target sets up what it needs; PYTHON=python3.12 chooses another interpreter. Environments are
 # rebuilt when setup.py, pyproject.toml or the interpreter changes, and reused otherwise.
@@ -26,8 +26,8 @@ SOURCES := setup.py pyproject.toml
 EXTRAS_TEST := [train,dev]
 EXTRAS_PARITY := [train,dev,parity]
 
-.PHONY: help setup demo test check test-parity test-aot test-full test-kernels test-reliability parity-python \
-  clean FORCE
+.PHONY: help setup demo test check test-parity test-aot test-full test-kernels test-reliability \
+  bench parity-python clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -128,6 +128,10 @@ test-reliability: $(VENV)/.test
 # 0.11, so Python 3.12: make test-kernels PYTHON=python3.12 VENV=.venv-312
 test-kernels: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x --slow tests/kernels $(PYTEST_ARGS)
+
+# What a block costs here, beside what the machine can do: about four minutes on two quiet cores.
+bench: $(VENV)/.base
+	$(VENV)/bin/python -m launch.bench --config=$(DEMO_CONFIG) --output=runs/bench
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache runs/demo build dist *.egg-info

@@ -1,0 +1,190 @@
+"""Suites of what a block is made of: attention, context, conv3d, vae."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pf_jax import cache as cache_lib
+from pf_jax.bench import counts, torch_peer
+from pf_jax.bench.case import Bench, Case
+from pf_jax.bench.subject import draw
+from pf_jax.bench.timing import Call
+from pf_jax.cache import CacheSpec, LayerCache, Layout
+from pf_jax.kernels.attention import Segment, attend
+from pf_jax.kernels.context import assemble
+from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d
+from pf_jax.kernels.platform import target_platform
+from pf_jax.models.bundle import VideoModels
+from pf_jax.models.vae import ResBlock, Upsample
+from pf_jax.types import Array, KeyValues, tree_bytes
+
+_HALF = ('bfloat16', 'float16')
+
+
+def jitted(function: Callable, *inputs) -> Call:
+  """A compiled function of fixed inputs."""
+  program = jax.jit(function)
+  return Call(lambda: program(*inputs))
+
+
+def array(*shape: int, dtype: str, seed: int = 0) -> Array:
+  """Random normal numbers."""
+  return draw(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), seed)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def _attend(q: Array, history: KeyValues | None, own: KeyValues) -> Array:
+  """Ours: the history and the block itself, which lie apart."""
+  segments = [] if history is None else [Segment(*history)]
+  return attend(q, [*segments, Segment(*own)])
+
+
+def plain_attention(dtype: str) -> tuple[str, Callable]:
+  """JAX's own attention over ready-made rows, in its fastest form here, and what to call it."""
+  fused = target_platform() == 'cuda' and dtype in _HALF
+  implementation = 'cudnn' if fused else 'xla'
+  return (f'jax.nn ({implementation})',
+          functools.partial(jax.nn.dot_product_attention, implementation=implementation))
+
+
+def _attention(bench: Bench, name: str, queries: int, history_rows: int, own_rows: int) -> Case:
+  dit, dtype = bench.subject.models.spec.transformer, bench.subject.dtype
+  heads, size = dit.num_heads, dit.head_dim
+  q = array(1, queries, heads, size, dtype=dtype)
+  rows = KeyValues(*(array(1, history_rows + own_rows, heads, size, dtype=dtype, seed=seed)
+                     for seed in (1, 2)))
+  history, own = (KeyValues(*(x[:, start:stop] for x in rows)) for start, stop in (
+      (0, history_rows), (history_rows, history_rows + own_rows)))
+  ours = (q, history if history_rows else None, own)
+  label, plain = plain_attention(dtype)
+  present, absent = torch_peer.sorted_out(
+      'torch', torch_peer.attention(q.shape, rows.k.shape, dtype))
+  return Case(
+      name, {'ours': jitted(_attend, *ours), label: jitted(plain, q, *rows), **present}, dtype,
+      flops=counts.attention(queries, history_rows + own_rows, dit.width),
+      bytes=counts.moved(_attend, *ours), traced_flops=counts.traced(_attend, *ours),
+      shapes={'queries': q.shape, 'keys': rows.k.shape, 'of them the history': (history_rows,)},
+      absent=absent)
+
+
+def attention(bench: Bench) -> list[Case]:
+  """Attention of a pass in the steady state; peers get all rows in one piece."""
+  cache, text = bench.subject.spec.cache, bench.subject.models.spec.text
+  return [
+      _attention(bench, 'block over history', cache.block_tokens, cache.context_tokens,
+                 cache.block_tokens),
+      _attention(bench, 'compressed block over history', cache.mid_tokens, cache.context_tokens,
+                 cache.mid_tokens),
+      _attention(bench, 'block over text', cache.block_tokens, 0, text.max_tokens)]
+
+
+# --- context --------------------------------------------------------------------------------------
+
+
+def packed(layer: LayerCache, selected: Array, blocks: Array, layout: Layout, *, spec: CacheSpec
+           ) -> tuple[Array, Array]:
+  """One layer's history as a fused kernel reads it: keys and values [1, S, N, H] in a row."""
+  segment = assemble(cache_lib.context(layer, selected, blocks, layout, spec=spec))
+  return segment.k, segment.v
+
+
+def context(bench: Bench) -> list[Case]:
+  """Assembling one layer's history: gathered, moved in time, laid side by side."""
+  spec, cache = bench.subject.spec.cache, bench.subject.state().cache
+  layer = jax.tree.map(lambda x: x[0], cache.layers)
+  inputs = (layer, bench.subject.selected(cache.blocks), cache.blocks,
+            cache_lib.layout(cache.blocks, spec))
+  function = functools.partial(packed, spec=spec)
+  rows = draw(jax.eval_shape(function, *inputs))
+  assert tree_bytes(rows) == spec.context_bytes()
+  return [Case(
+      'one layer', {'ours': jitted(function, *inputs),
+                    'copy': jitted(lambda rows: jax.tree.map(jnp.copy, rows), rows)},
+      bench.subject.dtype, flops=0, bytes=2 * spec.context_bytes(),
+      traced_flops=counts.traced(function, *inputs),
+      shapes={'keys': rows[0].shape, 'values': rows[1].shape})]
+
+
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+def _convolution(name: str, shapes: counts.Convolution, dtype: str) -> Case:
+  """All implementations of one convolution; `x` carries its past and future frames already."""
+  (x, kernel, strides), space = shapes, ((1, 1), (1, 1))
+  inputs = (array(*x, dtype=dtype), array(*kernel, dtype=dtype, seed=1),
+            array(kernel[-1], dtype=dtype, seed=2))
+  functions = {name: functools.partial(conv3d, strides=strides, padding=space,
+                                       implementation=name) for name in IMPLEMENTATIONS}
+  first = next(iter(functions.values()))
+  return Case(
+      name, {name: jitted(function, *inputs) for name, function in functions.items()}, dtype,
+      flops=counts.convolution(x, kernel, strides, ((0, 0), *space)),
+      bytes=counts.moved(first, *inputs), traced_flops=counts.traced(first, *inputs),
+      shapes={'x': x, 'kernel': kernel, 'strides': strides})
+
+
+def decoder_stages(models: VideoModels) -> list[counts.Convolution]:
+  """The convolutions inside the VAE decoder's residual blocks, one a stage.
+
+  Inputs are those of one block with the two frames before it.
+  """
+  frames, height, width, _ = models.spec.video.block_latent_shape
+  stages = []
+  for layer in models.vae.decoder.up:
+    if isinstance(layer, Upsample):
+      frames, height, width = frames * (1 + (layer.time_conv is not None)), 2 * height, 2 * width
+    elif isinstance(layer, ResBlock):
+      kernel = layer.conv2.kernel.shape
+      x = (1, frames + kernel[0] - 1, height, width, kernel[3])
+      stages.append(counts.Convolution(x, kernel))
+  return list(dict.fromkeys(stages))
+
+
+def convolutions(bench: Bench) -> list[Case]:
+  """Those of the compressor's HR branch and of the VAE's decoder."""
+  models = bench.subject.models
+  cases = []
+  for number, shapes in enumerate(counts.hr_convolutions(models)):
+    padded = shapes._replace(x=(1, shapes.x[1] + 2, *shapes.x[2:]))  # in time, where it is zeros
+    cases.append(_convolution(f'compressor {number}', padded, 'float32'))
+  dtype = models.spec.vae.dtypes.compute
+  for number, shapes in enumerate(decoder_stages(models)):
+    cases.append(_convolution(f'decoder stage {number}', shapes, dtype))
+  return cases
+
+
+# --- the VAE --------------------------------------------------------------------------------------
+
+
+def decode(models: VideoModels, slots, latents: Array):
+  """A later block's pixels, and the state after it."""
+  return models.vae.decode_next(slots, latents)
+
+
+def encode(models: VideoModels, pixels: Array) -> Array:
+  """A block's low-resolution latents."""
+  return models.encode_low_resolution(pixels)
+
+
+def vae(bench: Bench) -> list[Case]:
+  """What a block asks of the VAE. There is no peer: nobody else streams these weights."""
+  models, cases = bench.subject.models, []
+  video, dtype = models.spec.video, models.spec.vae.dtypes.compute
+  slots = draw(jax.eval_shape(lambda m: m.vae.init_decoder_state(
+      1, video.latent_height, video.latent_width), models))
+  latents = array(1, *video.block_latent_shape, dtype='float32')
+  pixels = array(1, video.block_frames, video.height, video.width, 3, dtype='float32')
+  for name, function, inputs, weights in (
+      ('decode a block', decode, (slots, latents), (models.vae.decoder,
+                                                    models.vae.post_quant_conv)),
+      ('encode its low resolution', encode, (pixels,), (models.vae.encoder,
+                                                        models.vae.quant_conv))):
+    flops = counts.traced(function, models, *inputs)
+    moved = counts.moved(functools.partial(function, models), *inputs) + tree_bytes(weights)
+    cases.append(Case(name, {'ours': jitted(function, models, *inputs)}, dtype, flops, moved,
+                      {'input': inputs[-1].shape}, traced_flops=flops))
+  return cases
