@@ -17,6 +17,7 @@ from pf_jax.cache.select import key_sum, scores, select
 from pf_jax.cache.spec import CacheSpec
 from pf_jax.cache.state import (
                                 LayerCache,
+                                LayerView,
                                 PackCache,
                                 archive_ids,
                                 archived_blocks,
@@ -26,6 +27,6 @@ from pf_jax.cache.state import (
 )
 from pf_jax.cache.update import commit, replace_recent
 
-__all__ = ['CacheSpec', 'LayerCache', 'Layout', 'PackCache', 'archive_ids', 'archived_blocks',
-           'commit', 'context', 'init', 'key_sum', 'layout', 'newest_block', 'recent_ids',
-           'replace_recent', 'scores', 'select', 'sink_ids', 'with_later_blocks']
+__all__ = ['CacheSpec', 'LayerCache', 'LayerView', 'Layout', 'PackCache', 'archive_ids',
+           'archived_blocks', 'commit', 'context', 'init', 'key_sum', 'layout', 'newest_block',
+           'recent_ids', 'replace_recent', 'scores', 'select', 'sink_ids', 'with_later_blocks']

@@ -14,15 +14,15 @@ from pf_jax.kernels.attention import Blocks
 from pf_jax.types import Array
 
 
-def context(layer: state.LayerCache, selected: Array, blocks: Array, layout: positions.Layout, *,
-            spec: CacheSpec) -> tuple[Blocks, ...]:
+def context(layer: state.LayerCache | state.LayerView, selected: Array, blocks: Array,
+            layout: positions.Layout, *, spec: CacheSpec) -> tuple[Blocks, ...]:
   """The history of one layer, ready to be attended by the current block.
 
   Keys are placed relative to the current block, whose own tokens keep the positions they have
   inside it: the model never needs to know where in the video it is.
 
   Args:
-    layer: one layer's slice of the cache.
+    layer: one layer's slice of the cache, or a view of it.
     selected: [B, K] archived blocks in time order, -1 for none (see `select`).
     blocks: blocks committed so far, int32 scalar.
     layout: where slots start and which count (see `positions.layout`).
@@ -37,6 +37,8 @@ def context(layer: state.LayerCache, selected: Array, blocks: Array, layout: pos
     mid_start = selected * spec.frames_per_block
   ring = jnp.maximum(selected - spec.sink_blocks, 0) % max(spec.mid_capacity, 1)
   order = (blocks + jnp.arange(spec.recent_blocks)) % spec.recent_blocks
-  return (Blocks(*layer.sink, layout.sink - current, layout.sink_valid),
-          Blocks(*layer.archive, mid_start - current, layout.mid_valid & (selected >= 0), ring),
-          Blocks(*layer.recent, layout.recent - current, layout.recent_valid, order[None]))
+  mid_valid = layout.mid_valid & (selected >= 0)
+  return (Blocks(*layer.sink, layout.sink - current, layout.sink_valid, None, layer.number),
+          Blocks(*layer.archive, mid_start - current, mid_valid, ring, layer.number),
+          Blocks(*layer.recent, layout.recent - current, layout.recent_valid, order[None],
+                 layer.number))

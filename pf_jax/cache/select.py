@@ -61,11 +61,12 @@ def scores(key_sums: Array, q: Array, blocks: Array, spec: CacheSpec) -> Array:
   return jnp.where(ids >= 0, score / (heads * spec.head_dim ** 0.5), -jnp.inf)
 
 
-def select(layer: state.LayerCache, q: Array, blocks: Array, *, spec: CacheSpec) -> Array:
+def select(layer: state.LayerCache | state.LayerView, q: Array, blocks: Array, *, spec: CacheSpec
+           ) -> Array:
   """The archived blocks that the current block attends in this layer.
 
   Args:
-    layer: one layer's slice of the cache.
+    layer: one layer's slice of the cache, or a view of it.
     q: queries [B, T, N, H] of the first pass, rotated inside the block.
     blocks: blocks committed so far, int32 scalar.
     spec: static sizes; `spec.selection` chooses top-k or the newest.

@@ -15,6 +15,7 @@ pending slots are this package's decisions.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,51 @@ class LayerCache:
   key_sums: Array
   pending: KeyValues
   recent: KeyValues
+
+
+  @property
+  def batch(self) -> int:
+    """Videos of one layer's slice."""
+    return self.sink.k.shape[0]
+
+  @property
+  def number(self) -> None:
+    """A slice is one layer already."""
+    return None
+
+
+class LayerView(NamedTuple):
+  """One layer where it lies, among all of them: a slice would be a copy to a kernel.
+
+  Attributes:
+    layers: all layers, stacked.
+    number: int32 [], which one.
+  """
+
+  layers: LayerCache
+  number: Array
+
+  @property
+  def sink(self) -> KeyValues:
+    return self.layers.sink
+
+  @property
+  def archive(self) -> KeyValues:
+    return self.layers.archive
+
+  @property
+  def recent(self) -> KeyValues:
+    return self.layers.recent
+
+  @property
+  def key_sums(self) -> Array:
+    """Of the one layer; they are small."""
+    return jax.lax.dynamic_index_in_dim(self.layers.key_sums, self.number, keepdims=False)
+
+  @property
+  def batch(self) -> int:
+    """Videos."""
+    return self.layers.sink.k.shape[1]
 
 
 @jax.tree_util.register_dataclass

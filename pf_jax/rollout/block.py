@@ -240,17 +240,24 @@ class _Passes:
   def first(self, x: Array, sigma, sigma_next) -> tuple[Array, Array]:
     """Pass 0: the block at `sigma_next`, and the selection [L, B, K]."""
     context_fn = step.select_history(self._cache.blocks, self._layout, self._spec.cache)
-    return self._step(x, 0, sigma, sigma_next, self._cache.layers, context_fn)
+    return self._step(x, 0, sigma, sigma_next, _numbers(self._spec), context_fn)
 
   def later(self, x: Array, selected: Array, index, sigma, sigma_next) -> Array:
     """Pass `index` > 0: the block at `sigma_next`."""
     context_fn = step.selected_history(self._cache.blocks, self._layout, self._spec.cache)
-    return self._step(x, index, sigma, sigma_next, (self._cache.layers, selected), context_fn)[0]
+    slices = _numbers(self._spec), selected
+    return self._step(x, index, sigma, sigma_next, slices, context_fn)[0]
 
   def _step(self, x: Array, index, sigma, sigma_next, slices: PyTree, context_fn):
     return step.denoise_step(self._models, x, sigma, sigma_next, self.noise(index + 1), self._text,
-                             slices=slices, context_fn=context_fn,
+                             slices=slices,
+                             context_fn=step.of_all_layers(self._cache.layers, context_fn),
                              solver=self._spec.sampler.solver, given=self._given)
+
+
+def _numbers(spec: RolloutSpec) -> Array:
+  """Of all layers, to scan over."""
+  return jnp.arange(spec.cache.num_layers)
 
 
 def _decode(models: VideoModels, decoder: DecoderState, latents: Array, first: bool
@@ -292,8 +299,9 @@ def finish_block(models: VideoModels, state: RolloutState, latents: Array, selec
     layout = cache_lib.layout(state.cache.blocks, spec.cache)
     seen, sigma = remembered or (latents, 0.0)
     block, compressed, _ = step.clean_pass(
-        models, seen, tokens, text, slices=(state.cache.layers, selected), sigma=sigma,
-        context_fn=step.selected_history(state.cache.blocks, layout, spec.cache))
+        models, seen, tokens, text, slices=(_numbers(spec), selected), sigma=sigma,
+        context_fn=step.of_all_layers(state.cache.layers, step.selected_history(
+            state.cache.blocks, layout, spec.cache)))
   with jax.named_scope('commit'):
     # After the pass that reads the cache: XLA would copy the archive to write it any earlier.
     blocks, block = jax.lax.optimization_barrier((state.cache.blocks, block))
@@ -337,7 +345,8 @@ def switch_prompt(models: VideoModels, state: RolloutState, text: KeyValues, *, 
                            for buffer in (state.recent_latents, state.recent_lr))
     layout = cache_lib.layout(cache.blocks, spec.cache, num_recent=order)
     block, compressed, _ = step.clean_pass(
-        models, latents, models.compress(latents, lr_latents), text, slices=cache.layers,
-        context_fn=step.select_history(cache.blocks, layout, spec.cache))
+        models, latents, models.compress(latents, lr_latents), text, slices=_numbers(spec),
+        context_fn=step.of_all_layers(cache.layers, step.select_history(
+            cache.blocks, layout, spec.cache)))
     cache = cache_lib.replace_recent(cache, order, block, compressed, spec=spec.cache)
   return dataclasses.replace(state, cache=cache)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pf_jax import cache as cache_lib
-from pf_jax.cache import CacheSpec, LayerCache, Layout
+from pf_jax.cache import CacheSpec, LayerCache, LayerView, Layout
 from pf_jax.diffusion import schedule
 from pf_jax.diffusion import solver as solver_lib
 from pf_jax.kernels.attention import Segment
@@ -23,7 +23,7 @@ def select_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
 
   def context_fn(layer: LayerCache, q: Array):
     # Several noisy versions of a block may share a history; scoring is linear in the queries.
-    q = einops.reduce(q, '(b g) t n h -> b t n h', 'mean', b=layer.sink.k.shape[0])
+    q = einops.reduce(q, '(b g) t n h -> b t n h', 'mean', b=layer.batch)
     selected = cache_lib.select(layer, q, blocks, spec=spec)
     context = cache_lib.context(layer, selected, blocks, layout, spec=spec)
     return context, selected
@@ -44,6 +44,24 @@ def selected_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextF
     return cache_lib.context(layer, selected, blocks, layout, spec=spec), None
 
   return context_fn
+
+
+def of_all_layers(layers: LayerCache, context_fn: ContextFn) -> ContextFn:
+  """A context function over numbers of layers in place of their slices of a cache.
+
+  What a scan slices, a kernel that reads the cache where it lies would be handed as a copy.
+
+  Args:
+    layers: all of them, stacked.
+    context_fn: takes a layer's slice, or a tuple that begins with it.
+  """
+
+  def by_number(number: Array | tuple, q: Array):
+    if not isinstance(number, tuple):
+      return context_fn(LayerView(layers, number), q)
+    return context_fn((LayerView(layers, number[0]), *number[1:]), q)
+
+  return by_number
 
 
 def reuse_history(context: Segment, q: Array) -> tuple[tuple[Segment], PyTree]:

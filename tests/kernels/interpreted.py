@@ -46,6 +46,12 @@ def partition(rng, videos, blocks, rows, attended, valid, shift, heads):
       -1, len(valid[0])), jnp.asarray(valid), jnp.asarray(index))
 
 
+def inside(blocks, number):
+  """The same as one layer of three, of which the others hold NaN."""
+  k, v = (jnp.full((3, *x.shape), jnp.nan, x.dtype).at[number].set(x) for x in blocks[:2])
+  return blocks._replace(k=k, v=v, layer=jnp.int32(number))
+
+
 def cases():
   """Name -> queries and what they attend."""
   rng = np.random.default_rng(0)
@@ -71,6 +77,8 @@ def cases():
   yield 'each video its own', q(2, 64), [
       sink(2), mid(2, attended=((6, 1, 3), (0, 2, 7)), valid=((1, 1, 0), (1, 1, 1))), own(2, 64)]
   yield 'two noisy versions share a history', q(2, 64), [sink(1), own(2, 64)]
+  stacked = [inside(s, 1) for s in (sink(2), mid(2))]
+  yield 'the second of three layers', q(2, 64), [*stacked, own(2, 64)]
 
 
 def expected(q, segments):

@@ -44,7 +44,7 @@ def slow_kernel(q, turned, cos, sin, pools, *, head_dim, tiles, interpret):
           queries[:, :columns] = first * cos[video, turn] + quarter * sin[video, turn]
         begin = int(table.start[video, i])
         rows = slice(begin + int(table.low[video, i]), begin + int(table.high[video, i]))
-        k, v = (np.array(x[video * x.shape[0] // batch, rows,
+        k, v = (np.array(x[int(table.video[video, i]), rows,
                            head * head_dim:(head + 1) * head_dim], np.float32)
                 for x in (pool.k, pool.v))
         logits.append(queries @ k.T)

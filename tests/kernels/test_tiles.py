@@ -18,8 +18,8 @@ def pool(rows: int, index, valid, rotation) -> Pool:
 
 def listed(table, video: int = 0) -> list[tuple[int, ...]]:
   """(pool, start, low, high, turn) of the tiles that are attended."""
-  count = int(table.total[video])
-  return [tuple(int(x[video, i]) for x in table[:5]) for i in range(count)]
+  columns = table.pool, table.start, table.low, table.high, table.turn
+  return [tuple(int(x[video, i]) for x in columns) for i in range(int(table.total[video]))]
 
 
 def test_by_hand():
@@ -45,6 +45,16 @@ def test_videos_may_differ_and_share():
   table = tile_table([shared, own], 2, 8)
   assert listed(table, 0) == [(0, 8, 0, 8, 0), (1, 0, 0, 8, 1)]
   assert listed(table, 1) == [(0, 8, 0, 8, 0), (1, 8, 0, 8, 1), (1, 0, 0, 8, 2)]
+  assert table.video[:, :2].tolist() == [[0, 0], [0, 1]]
+
+
+def test_rows_of_a_later_layer():
+  """Two videos of layer 3; a history of layer 5 that both share."""
+  own = pool(8, [[0], [1]], [[True], [True]], [[0], [0]])._replace(first=jnp.int32(3 * 2))
+  shared = pool(8, [[2]], [[True]], [[1]])._replace(first=5)
+  table = tile_table([own, shared], 2, 8)
+  assert table.video.tolist() == [[6, 5], [7, 5]]
+  assert listed(table, 1) == [(0, 8, 0, 8, 0), (1, 16, 0, 8, 1)]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

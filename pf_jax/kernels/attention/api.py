@@ -57,17 +57,21 @@ def _rows(segment: Segment | Blocks) -> int:
   """Rows that may be attended."""
   if isinstance(segment, Segment):
     return segment.k.shape[1]
-  return segment.valid.shape[1] * segment.k.shape[2]
+  return segment.valid.shape[1] * segment.k.shape[-3]
 
 
 def _check(index: int, segment: Segment | Blocks, q: Array) -> None:
-  rows = 'S' if isinstance(segment, Segment) else 'n, T'
-  batch, *heads = segment.k.shape[0], *segment.k.shape[-2:]
+  wanted = ['b', 'S'] if isinstance(segment, Segment) else ['b', 'n', 'T']
+  if isinstance(segment, Blocks) and segment.layer is not None:
+    wanted = ['L', *wanted]
+  rank = len(wanted) + 2
+  batch, *heads = segment.k.shape[wanted.index('b')], *segment.k.shape[-2:]
   if (segment.k.shape != segment.v.shape or heads != list(q.shape[2:]) or q.shape[0] % batch
-      or segment.k.ndim != len(rows.split()) + 3):
+      or segment.k.ndim != rank):
     raise ValueError(
         f'segment {index} has keys {segment.k.shape} and values {segment.v.shape}, wanted '
-        f'[b, {rows}, {q.shape[2]}, {q.shape[3]}] with b dividing the batch {q.shape[0]}.')
+        f'[{", ".join(wanted)}, {q.shape[2]}, {q.shape[3]}] with b dividing the batch '
+        f'{q.shape[0]}.')
   if isinstance(segment, Segment):
     return
   attended = segment.valid.shape[-1]
@@ -76,8 +80,8 @@ def _check(index: int, segment: Segment | Blocks, q: Array) -> None:
     if value is not None and value.shape not in ((1, attended), (batch, attended)):
       raise ValueError(f'segment {index} has {name} of shape {list(value.shape)}, wanted [1 or '
                        f'{batch}, {attended}] like valid.')
-  if segment.chosen is None and attended != segment.k.shape[1]:
-    raise ValueError(f'segment {index} attends {attended} blocks of {segment.k.shape[1]} without '
+  if segment.chosen is None and attended != segment.k.shape[-4]:
+    raise ValueError(f'segment {index} attends {attended} blocks of {segment.k.shape[-4]} without '
                      'saying which; give chosen.')
 
 

@@ -27,7 +27,7 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
   def fits(segment: Segment | Blocks) -> bool:
     if isinstance(segment, Segment):
       return segment.valid is None
-    return segment.k.shape[1] * segment.k.shape[2] % ALIGNMENT == 0
+    return segment.k.shape[-4] * segment.k.shape[-3] % ALIGNMENT == 0
 
   dtypes = {q.dtype, *(x.dtype for segment in segments for x in (segment.k, segment.v))}
   return (dtypes in ({jnp.dtype('bfloat16')}, {jnp.dtype('float16')})
@@ -76,20 +76,24 @@ def _aligned(x: Array) -> Array:
 
 def _pool(segment: Segment | Blocks, rotations: int) -> tuple[Pool, Array]:
   """The blocks of a segment, their rotations counted on from `rotations`, and shifts [b, s]."""
-  batch = segment.k.shape[0]
+  first: Array | int = 0
   if isinstance(segment, Segment):  # one block that stays where it is
+    batch = segment.k.shape[0]
     k, v, rows = _aligned(segment.k), _aligned(segment.v), segment.k.shape[1]
     chosen = jnp.zeros((batch, 1), jnp.int32)
     valid, shift = jnp.ones((batch, 1), bool), jnp.zeros((batch, 1))
   else:
-    k, v, rows = segment.k, segment.v, segment.k.shape[2]
+    k, v, rows, batch = segment.k, segment.v, segment.k.shape[-3], segment.batch
+    if segment.layer is not None:
+      first = segment.layer * batch
     blocks = segment.valid.shape[1]
     chosen = jnp.arange(blocks)[None] if segment.chosen is None else segment.chosen
     chosen, valid, shift = (jnp.broadcast_to(x, (batch, blocks))
                            for x in (chosen, segment.valid, segment.shift))
-  k, v = (x.reshape(batch, -1, x.shape[-2] * x.shape[-1]) for x in (k, v))
+  held = k.shape[0] if k.ndim < 6 else k.shape[0] * k.shape[1]
+  k, v = (x.reshape(held, -1, x.shape[-2] * x.shape[-1]) for x in (k, v))
   rotation = jnp.broadcast_to(rotations + jnp.arange(chosen.shape[1]), chosen.shape)
-  return Pool(k, v, rows, chosen, valid, rotation), shift
+  return Pool(k, v, rows, chosen, valid, rotation, first), shift
 
 
 def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:

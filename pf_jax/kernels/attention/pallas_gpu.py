@@ -109,7 +109,6 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   batch, tokens, width = q.shape
   table = tile_table(pools, batch, tiles.keys)
   body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
-                           shares=tuple(batch // pool.k.shape[0] for pool in pools),
                            interpreted=interpret is not None)
   options = {} if interpret is None else dict(interpret=interpret)
   return plgpu.kernel(
@@ -181,7 +180,7 @@ def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted:
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
 
-def _program(q, turned, cos, sin, *refs, pools, shares, head_dim, tiles, interpreted):
+def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, interpreted):
   """What one program does; arguments are references to global memory, then to shared memory."""
   fields = len(TileTable._fields)
   table, arrays, out = TileTable(*refs[:fields]), refs[fields:fields + 2 * pools], refs[
@@ -201,8 +200,7 @@ def _program(q, turned, cos, sin, *refs, pools, shares, head_dim, tiles, interpr
     video = lax.axis_index('video')
     plgpu.copy_gmem_to_smem(cos.at[video], scratch.cos, scratch.table_ready)
     plgpu.copy_gmem_to_smem(sin.at[video], scratch.sin, scratch.table_ready)
-    _fetch(list(zip(arrays[::2], arrays[1::2], shares, strict=True)), table, scratch, head_dim,
-           tiles)
+    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, head_dim, tiles)
 
 
 def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
@@ -314,11 +312,11 @@ def _fetch(pools, table, scratch, head_dim, tiles):
       def _(free=free):
         plgpu.barrier_wait(free.at[stage])
 
-      for index, (*arrays, share) in enumerate(pools):
+      for index, arrays in enumerate(pools):
 
         @pl.when(pool == index)
-        def _(ref=arrays[half], share=share, buffer=buffer, ready=ready):
-          plgpu.copy_gmem_to_smem(ref.at[lax.div(video, jnp.int32(share)), rows, columns],
+        def _(ref=arrays[half], buffer=buffer, ready=ready):
+          plgpu.copy_gmem_to_smem(ref.at[table.video[video, number], rows, columns],
                                   buffer.at[stage], ready.at[stage])
 
   @pl.loop(jnp.maximum(count - tiles.stages, 0), count)

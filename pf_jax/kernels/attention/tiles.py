@@ -20,12 +20,13 @@ class Pool(NamedTuple):
   """Blocks that are attended, out of one array that holds many.
 
   Attributes:
-    k: [b, n * T, N * H].
-    v: [b, n * T, N * H].
+    k: [r, n * T, N * H], r rows of videos, perhaps of several layers.
+    v: [r, n * T, N * H].
     block_rows: T.
     chosen: [b, s] int32, the attended blocks of 0 .. n-1.
     valid: [b, s] bool, which of them count.
     rotation: [b, s] int32, rows of a table of rotations.
+    first: int32 [], the first of the b rows of k and v that are attended.
   """
 
   k: Array
@@ -34,6 +35,7 @@ class Pool(NamedTuple):
   chosen: Array
   valid: Array
   rotation: Array
+  first: Array | int = 0
 
 
 class TileTable(NamedTuple):
@@ -41,6 +43,7 @@ class TileTable(NamedTuple):
 
   Attributes:
     pool: [B, n] int32.
+    video: [B, n] int32, row of the pool.
     start: [B, n] int32, first row of it, a multiple of `ALIGNMENT`.
     low: [B, n] int32, first row of the tile that counts.
     high: [B, n] int32, the end of those.
@@ -50,6 +53,7 @@ class TileTable(NamedTuple):
   """
 
   pool: Array
+  video: Array
   start: Array
   low: Array
   high: Array
@@ -61,6 +65,7 @@ class TileTable(NamedTuple):
 class _Cut(NamedTuple):
   """Tiles of one pool's blocks [b, s, t], and whether each needs a mask."""
 
+  video: Array
   start: Array
   low: Array
   high: Array
@@ -80,8 +85,10 @@ def _cut(pool: Pool, keys: int) -> _Cut:
   start = begin + numbers * keys
   low, high = jnp.maximum(first - start, 0), jnp.minimum(first + rows - start, keys)
   valid = pool.valid[..., None] & (high > low)
-  return _Cut(start, low, high, valid, jnp.broadcast_to(pool.rotation[..., None], start.shape),
-              (numbers >= rows // keys) | (not aligned))
+  video = pool.first + jnp.arange(start.shape[0])[:, None, None]
+  rotation, masked = pool.rotation[..., None], (numbers >= rows // keys) | (not aligned)
+  video, rotation = (jnp.broadcast_to(x, start.shape) for x in (video, rotation))
+  return _Cut(video, start, low, high, valid, rotation, masked)
 
 
 def tile_table(pools: Sequence[Pool], batch: int, keys: int) -> TileTable:
@@ -96,16 +103,16 @@ def tile_table(pools: Sequence[Pool], batch: int, keys: int) -> TileTable:
     return jnp.repeat(x.reshape(x.shape[0], -1), batch // x.shape[0], axis=0)
 
   cuts = [_cut(pool, keys) for pool in pools]
-  fields = [[flat(x) for x in (cut.start, cut.low, cut.high, cut.valid, cut.rotation,
+  fields = [[flat(x) for x in (cut.video, cut.start, cut.low, cut.high, cut.valid, cut.rotation,
                                jnp.broadcast_to(cut.masked, cut.start.shape))] for cut in cuts]
   pool = np.repeat(np.arange(len(pools)), [field[0].shape[1] for field in fields])
-  start, low, high, valid, rotation, masked = (
+  video, start, low, high, valid, rotation, masked = (
       jnp.concatenate(parts, axis=1) for parts in zip(*fields, strict=True))
   order = jnp.argsort(jnp.where(valid, masked.astype(jnp.int32), 2), axis=1, stable=True)
-  start, low, high, rotation = (jnp.take_along_axis(x, order, axis=1)
-                                for x in (start, low, high, rotation))
+  video, start, low, high, rotation = (jnp.take_along_axis(x, order, axis=1)
+                                       for x in (video, start, low, high, rotation))
   before = jnp.pad(rotation[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  return TileTable(jnp.asarray(pool, jnp.int32)[order], start, low, high,
+  return TileTable(jnp.asarray(pool, jnp.int32)[order], video.astype(jnp.int32), start, low, high,
                    jnp.where(rotation == before, -1, rotation),
                    jnp.sum(valid & ~masked, axis=1, dtype=jnp.int32),
                    jnp.sum(valid, axis=1, dtype=jnp.int32))

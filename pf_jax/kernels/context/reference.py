@@ -58,7 +58,8 @@ def assemble(parts: Sequence[Blocks]) -> Segment:
   Returns:
     `Segment` of all attended blocks' rows in the order of `parts`, valid or not, with `order`.
   """
-  batch = parts[0].k.shape[0]
+  parts = [part.one_layer() for part in parts]
+  batch = parts[0].batch
   k, v = (jnp.concatenate(part, axis=1) for part in zip(*map(_rows, parts), strict=True))
   valid = jnp.concatenate([jnp.broadcast_to(part.valid, (batch, part.valid.shape[1]))
                            for part in parts], axis=1)

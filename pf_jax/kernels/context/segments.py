@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+
 from pf_jax.types import Array
 
 
@@ -35,6 +37,8 @@ class Blocks(NamedTuple):
     shift: [b, s], where each attended block starts, in latent frames from the current one.
     valid: [b, s] bool, which of them count.
     chosen: [b, s] int32, which blocks are attended; None for all n of them in order.
+    layer: int32 [], where k and v are those of all layers, [L, B, n, T, N, H]: which one is
+      attended. A kernel reads it there; a slice would be a copy.
   """
 
   k: Array
@@ -42,3 +46,16 @@ class Blocks(NamedTuple):
   shift: Array
   valid: Array
   chosen: Array | None = None
+  layer: Array | None = None
+
+  @property
+  def batch(self) -> int:
+    """B, of one layer."""
+    return self.k.shape[-5]
+
+  def one_layer(self) -> 'Blocks':
+    """The same without the other layers."""
+    if self.layer is None:
+      return self
+    k, v = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+    return self._replace(k=k, v=v, layer=None)
