@@ -93,10 +93,12 @@ def expected(q, segments):
   return reference.attend(q.astype(jnp.float32), tree)
 
 
-# Planted bugs: what is replaced, by what, and how that shows: what is said, or None for a kernel
-# that waits for ever.
+# Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None for
+# a kernel that waits for ever. Who comes first is chance: keys that nobody waited for are noticed as
+# a race, by a phase that nobody saw, or by their numbers.
 MUTATIONS = {
-    'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass', 'phase'),
+    'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass',
+                         'phase|race|wrong values'),
     'no wait for free room': ('plgpu.barrier_wait(free.at[stage])\n\n      for',
                               'pass\n\n      for', 'race'),
     'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,', None),
