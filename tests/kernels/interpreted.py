@@ -93,9 +93,9 @@ def expected(q, segments):
   return reference.attend(q.astype(jnp.float32), tree)
 
 
-# Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None for
-# a kernel that waits for ever. Who comes first is chance: keys that nobody waited for are noticed as
-# a race, by a phase that nobody saw, or by their numbers.
+# Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None
+# for a kernel that waits for ever. Who comes first is chance: keys that nobody waited for are
+# noticed as a race, by a phase that nobody saw, or by their numbers.
 MUTATIONS = {
     'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass',
                          'phase|race|wrong values'),
