@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   tiny = arguments.parse(arg, tiny=False)['tiny']
   config = evaluate.get_config(arg)
   config.unlock()
+  config.headline = ('class_accuracy', 'background_drift', 'dynamic_degree', 'sharpness', 'seam')
   config.ablation.baseline = 'distilled_4'
   config.ablation.starts = ('prompt',)
   others = dict(ode_4='digits/ode', causal_4='digits/causal', causal_16='digits/causal')

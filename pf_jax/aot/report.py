@@ -110,9 +110,7 @@ def to_json(reports: Sequence[ProgramReport], machine: Machine) -> dict[str, Any
       'machine': {
           'name': machine.name, 'card': target.name, 'cards': machine.devices,
           'memory_bytes': target.info.device_memory_size, 'peak_flops': target.peak_flops,
-          'memory_bandwidth': target.info.memory_bandwidth,
-          'measured_flops': target.measured_flops,
-          'measured_bandwidth': target.measured_bandwidth},
+          'memory_bandwidth': target.info.memory_bandwidth},
       'programs': {report.name: _program_json(report, machine) for report in reports}}
 
 

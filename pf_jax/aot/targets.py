@@ -79,8 +79,6 @@ class GpuTarget:
     accelerated: use the features of this very architecture, which Hopper's tensor cores need
       ('sm_90a' rather than 'sm_90').
     peak_flops: bfloat16 matrix products without sparsity, FLOP/s, by the data sheet; None: unknown.
-    measured_flops: what a product of random 8192 x 8192 matrices reached; None: not measured.
-    measured_bandwidth: what a copy reached, bytes/s.
   """
 
   name: str
@@ -89,8 +87,6 @@ class GpuTarget:
   cudnn: tuple[int, int, int] = (9, 10, 0)
   accelerated: bool = True
   peak_flops: float | None = None
-  measured_flops: float | None = None
-  measured_bandwidth: float | None = None
 
   @property
   def cudnn_version(self) -> int:
@@ -118,7 +114,7 @@ TARGETS: Mapping[str, GpuTarget] = types.MappingProxyType({
     'h200': GpuTarget('NVIDIA H200', (9, 0), GpuDeviceInfo(
         core_count=132, clock_rate_ghz=1.98, memory_bandwidth=4_800_000_000_000,
         device_memory_size=151_397_597_184, l2_cache_size=50 * 1024**2),
-        peak_flops=989.4e12, measured_flops=790e12, measured_bandwidth=4.3e12),
+        peak_flops=989.4e12),
     'h100': GpuTarget('NVIDIA H100 80GB HBM3', (9, 0), GpuDeviceInfo(
         core_count=132, clock_rate_ghz=1.98, memory_bandwidth=3_352_320_000_000,
         device_memory_size=84_942_979_072, l2_cache_size=50 * 1024**2),

@@ -32,7 +32,9 @@ def compiled(function, arguments, **options):
   """What the compiler says, and the kernels that were assembled."""
   with ptxas.captured() as lines:
     report = compile_for(function, arguments, H200, **options)
-  return report, ptxas.parse('\n'.join(lines))
+  kernels = ptxas.parse('\n'.join(lines))
+  print(*kernels, sep='\n')  # for BENCHMARKS.md
+  return report, kernels
 
 
 @pytest.mark.parametrize('tiles', [pallas_gpu.TileSpec(), pallas_gpu.TileSpec(2, 128, 2)])

@@ -210,7 +210,7 @@ def test_what_c_code_prints_is_captured(capfd):
 
 CARD = GpuTarget('Small Card', (9, 0), GpuDeviceInfo(
     core_count=1, clock_rate_ghz=1.0, memory_bandwidth=100, device_memory_size=4000,
-    l2_cache_size=1), peak_flops=1000.0, measured_flops=800.0)
+    l2_cache_size=1), peak_flops=1000.0)
 PAIR = Machine('pair', CARD, 2)
 
 
@@ -244,7 +244,7 @@ def test_json_of_a_report():
   got = json.loads(json_text(report.to_json(REPORTS, PAIR)))
   assert got['machine'] == {
       'name': 'pair', 'card': 'Small Card', 'cards': 2, 'memory_bytes': 4000, 'peak_flops': 1000.0,
-      'memory_bandwidth': 100, 'measured_flops': 800.0, 'measured_bandwidth': None}
+      'memory_bandwidth': 100}
   step, odd = got['programs']['step'], got['programs']['odd']
   assert (step['total_bytes'], step['memory_share'], step['fits']) == (2000, 0.5, True)
   assert step['roofline'] == {'product_seconds': 3.0, 'memory_seconds': 2.0, 'seconds': 3.0,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pf_jax.kernels.attention import cudnn, pallas, partition, reference
-from pf_jax.kernels.context import Blocks, Segment, assemble
+from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
 
@@ -41,7 +41,7 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
   if implementation not in (None, *BACKENDS):
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
   if implementation != 'pallas':
-    segments = _assembled(segments)
+    segments = ready_made(segments)
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.
     fits = target_platform() == 'cuda' and cudnn.supports(q, segments)
@@ -83,10 +83,3 @@ def _check(index: int, segment: Segment | Blocks, q: Array) -> None:
   if segment.chosen is None and attended != segment.k.shape[-4]:
     raise ValueError(f'segment {index} attends {attended} blocks of {segment.k.shape[-4]} without '
                      'saying which; give chosen.')
-
-
-def _assembled(segments: Sequence[Segment | Blocks]) -> list[Segment]:
-  """All blocks as one segment, before the others."""
-  blocks = [segment for segment in segments if isinstance(segment, Blocks)]
-  rest = [segment for segment in segments if isinstance(segment, Segment)]
-  return [assemble(blocks), *rest] if blocks else rest

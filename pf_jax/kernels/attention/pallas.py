@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import cudnn, reference
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool
-from pf_jax.kernels.context import Blocks, Segment, assemble
+from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array, PyTree
 
@@ -80,18 +80,20 @@ def _pool(segment: Segment | Blocks, rotations: int) -> tuple[Pool, Array]:
   if isinstance(segment, Segment):  # one block that stays where it is
     batch = segment.k.shape[0]
     k, v, rows = _aligned(segment.k), _aligned(segment.v), segment.k.shape[1]
+    total = k.shape[1]
     chosen = jnp.zeros((batch, 1), jnp.int32)
     valid, shift = jnp.ones((batch, 1), bool), jnp.zeros((batch, 1))
   else:
     k, v, rows, batch = segment.k, segment.v, segment.k.shape[-3], segment.batch
+    total = k.shape[-4] * rows
     if segment.layer is not None:
       first = segment.layer * batch
     blocks = segment.valid.shape[1]
     chosen = jnp.arange(blocks)[None] if segment.chosen is None else segment.chosen
     chosen, valid, shift = (jnp.broadcast_to(x, (batch, blocks))
                            for x in (chosen, segment.valid, segment.shift))
-  held = k.shape[0] if k.ndim < 6 else k.shape[0] * k.shape[1]
-  k, v = (x.reshape(held, -1, x.shape[-2] * x.shape[-1]) for x in (k, v))
+  width = k.shape[-2] * k.shape[-1]
+  k, v = (x.reshape(-1, total, width) for x in (k, v))
   rotation = jnp.broadcast_to(rotations + jnp.arange(chosen.shape[1]), chosen.shape)
   return Pool(k, v, rows, chosen, valid, rotation, first), shift
 
@@ -106,9 +108,7 @@ def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:
 
 def _library(q: Array, segments: tuple[Segment | Blocks, ...]) -> Array:
   """The same by a library that has a gradient."""
-  blocks = [segment for segment in segments if isinstance(segment, Blocks)]
-  rest = [segment for segment in segments if isinstance(segment, Segment)]
-  packed = [assemble(blocks), *rest] if blocks else rest
+  packed = ready_made(segments)
   fits = target_platform() == 'cuda' and cudnn.supports(q, packed)
   return (cudnn if fits else reference).attend(q, packed)
 

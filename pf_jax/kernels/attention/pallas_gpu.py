@@ -42,12 +42,11 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}
 class TileSpec:
   """Sizes that are tuned for a card.
 
-  By default what needs no more registers than there are: 96 keys would fit whole blocks of 6,240
-  rows better, and cost 156 bytes of spilled registers (jax 0.10.2, by `make test-aot`).
+  By default what needs no more registers than there are; larger tiles spill (BENCHMARKS.md).
 
   Attributes:
-    warpgroups: that compute, 64 queries each. Three of them share out 6,240 queries of 12 heads
-      over 132 multiprocessors in 3.00 rounds, two in 4.45.
+    warpgroups: that compute, 64 queries each. Three of them share out a block of the 1.3B in whole
+      rounds over a card's multiprocessors, two do not.
     keys: of a tile.
     stages: tiles of keys, and of values, in the ring.
 
@@ -227,6 +226,7 @@ def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
     plgpu.commit_smem()
 
   def attend_tile(number, carry, *, masked):
+    """Adds one tile to the running maximum, sum and weighted values."""
     acc, top, total = carry
     stage = lax.rem(number, jnp.int32(tiles.stages))
     turn = table.turn[video, number]

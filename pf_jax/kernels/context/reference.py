@@ -66,3 +66,10 @@ def assemble(parts: Sequence[Blocks]) -> Segment:
   lengths = np.concatenate([np.full(part.valid.shape[1], part.k.shape[2]) for part in parts])
   slots = np.repeat(np.arange(len(lengths)), lengths)
   return Segment(k, v, valid[:, slots], valid_first(valid, lengths))
+
+
+def ready_made(attended: Sequence[Segment | Blocks]) -> list[Segment]:
+  """What is attended, all blocks of it as one segment before the others."""
+  blocks = [part for part in attended if isinstance(part, Blocks)]
+  rest = [part for part in attended if isinstance(part, Segment)]
+  return [assemble(blocks), *rest] if blocks else rest
