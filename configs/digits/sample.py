@@ -26,7 +26,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       top_k=config_dict.placeholder(int), mid_capacity=config_dict.placeholder(int),
       selection=config_dict.placeholder(str), score_keys=config_dict.placeholder(str),
       score_heads=config_dict.placeholder(int), score_query_stride=config_dict.placeholder(int),
-      positions=config_dict.placeholder(str), mid_position_stride=config_dict.placeholder(int)))
+      positions=config_dict.placeholder(str), mid_position_stride=config_dict.placeholder(int),
+      storage=config_dict.placeholder(str)))
   config.sampler = ConfigDict(dict(
       solver=config_dict.placeholder(str), steps=config_dict.placeholder(tuple),
       shift=config_dict.placeholder(float)))

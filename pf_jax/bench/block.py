@@ -124,7 +124,7 @@ def work(subject: Subject) -> dict[str, Work]:
   state, block = shapes.state, (shapes.latents, shapes.selected)
   video = models.spec.video
   pixels = jax.ShapeDtypeStruct((1, video.block_frames, video.height, video.width, 3), np.float32)
-  a_pass = tree_bytes(models.transformer) + cache.num_layers * cache.context_bytes()
+  a_pass = tree_bytes(models.transformer) + cache.num_layers * cache.attended_bytes()
   denoise = Work(
       counts.denoise(models.spec, cache, passes),
       counts.traced(lambda *given: block_lib.denoise_block(*given, spec=spec), models, state.cache,

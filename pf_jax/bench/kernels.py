@@ -88,7 +88,7 @@ def attention(bench: Bench) -> list[Case]:
 def packed(layer: LayerCache, selected: Array, blocks: Array, layout: Layout, *, spec: CacheSpec
            ) -> tuple[Array, Array]:
   """One layer's history as a fused kernel reads it: keys and values [1, S, N, H] in a row."""
-  segment = assemble(cache_lib.context(layer, selected, blocks, layout, spec=spec))
+  segment = assemble(cache_lib.context(layer, selected, blocks, layout, spec=spec), spec.dtype)
   return segment.k, segment.v
 
 
@@ -104,7 +104,8 @@ def context(bench: Bench) -> list[Case]:
   return [Case(
       'one layer', {'ours': jitted(function, *inputs),
                     'copy': jitted(lambda rows: jax.tree.map(jnp.copy, rows), rows)},
-      bench.subject.dtype, flops=0, bytes=2 * spec.context_bytes(),
+      bench.subject.dtype, flops=0,
+      bytes=spec.attended_bytes() + spec.context_bytes(),
       traced_flops=counts.traced(function, *inputs),
       shapes={'keys': rows[0].shape, 'values': rows[1].shape})]
 

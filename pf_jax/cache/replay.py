@@ -27,7 +27,7 @@ def newest_block(cache: state.PackCache, spec: CacheSpec) -> KeyValues:
     return jnp.where(number < spec.sink_blocks,
                      jax.lax.dynamic_index_in_dim(sink, slot, 2, keepdims=False), newest)
 
-  return KeyValues(*map(pick, cache.layers.sink, cache.layers.recent))
+  return jax.tree.map(pick, cache.layers.sink, cache.layers.recent)
 
 
 def with_later_blocks(layer: state.LayerCache, kept: KeyValues, first: Array, blocks: Array,
@@ -48,8 +48,9 @@ def with_later_blocks(layer: state.LayerCache, kept: KeyValues, first: Array, bl
   def overlay(held: KeyValues, ids: Array) -> KeyValues:
     index = ids - first
     later = (index >= 0)[None, :, None, None, None]
-    return KeyValues(*(jnp.where(later, jnp.take(new, jnp.maximum(index, 0), axis=1), old)
-                       for old, new in zip(held, kept, strict=True)))
+    return jax.tree.map(
+        lambda old, new: jnp.where(later, jnp.take(new, jnp.maximum(index, 0), axis=1), old),
+        held, kept)
 
   slots = jnp.arange(spec.recent_blocks)
   recent = state.recent_ids(blocks, spec)[(slots - blocks) % spec.recent_blocks]

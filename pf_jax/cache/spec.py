@@ -9,11 +9,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from pf_jax.kernels import quantization
 from pf_jax.kernels.rope import MidOffsets
 
 Selection = Literal['top_k', 'fifo']
 ScoreKeys = Literal['pre_rope', 'rope_no_slot_phase', 'absolute']
 Positions = Literal['packed', 'absolute']
+Storage = Literal['full', 'int8', 'float8_e4m3fn']
 
 
 def _choices(alias) -> tuple[str, ...]:
@@ -46,7 +48,9 @@ class CacheSpec:
     mid_position_stride: latent frames that one selected block spans in packed positions; None is
       the block's own length (the paper).
     mid_offsets: where a compressed token sits inside its block.
-    dtype: of stored keys and values.
+    storage: 'full' keeps keys and values in `dtype`; 'int8' and 'float8_e4m3fn' in 8 bits with a
+      scale for every head of every block (for sampling: what is rounded has no gradient).
+    dtype: of keys and values as the model makes them and attention reads them.
 
   Raises:
     ValueError: sizes that contradict each other; says got, wanted and a remedy.
@@ -68,6 +72,7 @@ class CacheSpec:
   positions: Positions = 'packed'
   mid_position_stride: int | None = None
   mid_offsets: MidOffsets = 'center'
+  storage: Storage = 'full'
   dtype: str = 'float32'
 
   def __post_init__(self):
@@ -92,12 +97,34 @@ class CacheSpec:
       raise ValueError(f'mid_position_stride={self.mid_position_stride} must be at least 1; use '
                        f'None for the block length {self.frames_per_block}.')
     for name, alias in (('selection', Selection), ('score_keys', ScoreKeys),
-                        ('positions', Positions), ('mid_offsets', MidOffsets)):
+                        ('positions', Positions), ('mid_offsets', MidOffsets),
+                        ('storage', Storage)):
       if getattr(self, name) not in _choices(alias):
         raise ValueError(f'{name}={getattr(self, name)!r} is unknown; use one of '
                          f'{", ".join(_choices(alias))}.')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f'dtype={self.dtype!r} is not supported; use float32 or bfloat16.')
+
+  @property
+  def quantized(self) -> bool:
+    """Whether keys and values are stored in 8 bits."""
+    return self.storage in quantization.DTYPES
+
+  def trainable(self) -> 'CacheSpec':
+    """Itself, if gradients go through it.
+
+    Raises:
+      ValueError: they would end where keys and values are rounded to 8 bits.
+    """
+    if self.quantized:
+      raise ValueError(f'storage={self.storage!r} has no gradient; train with \'full\' and choose '
+                       'it when sampling.')
+    return self
+
+  @property
+  def stored_dtype(self) -> str:
+    """Of stored keys and values."""
+    return self.storage if self.quantized else self.dtype
 
   @property
   def frames_per_block(self) -> int:
@@ -140,21 +167,33 @@ class CacheSpec:
     history = self.frames_per_block * (self.sink_blocks + self.recent_blocks)
     return history + self.mid_stride * self.top_k + self.frames_per_block - 1
 
-  def token_bytes(self) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    return 2 * self.num_layers * self.num_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+  def token_bytes(self, dtype: str | None = None) -> int:
+    """Bytes of one token's keys and values over all layers, by default as they are stored."""
+    size = jnp.dtype(dtype or self.stored_dtype).itemsize
+    return 2 * self.num_layers * self.num_heads * self.head_dim * size
+
+  def scale_bytes(self) -> int:
+    """Bytes of one block's scales over all layers."""
+    return self.quantized * 2 * self.num_layers * self.num_heads * jnp.dtype('float32').itemsize
 
   def partition_bytes(self, batch: int = 1) -> dict[str, int]:
     """Bytes of every partition for `batch` videos."""
     key_sum = self.num_layers * self.num_heads * self.head_dim * jnp.dtype('float32').itemsize
-    tokens = {'sink': self.sink_blocks * self.block_tokens,
-              'archive': self.mid_capacity * self.mid_tokens,
-              'pending': self.recent_blocks * self.mid_tokens,
-              'recent': self.recent_blocks * self.block_tokens}
-    sizes = {name: batch * count * self.token_bytes() for name, count in tokens.items()}
+    blocks = {'sink': (self.sink_blocks, self.block_tokens),
+              'archive': (self.mid_capacity, self.mid_tokens),
+              'pending': (self.recent_blocks, self.mid_tokens),
+              'recent': (self.recent_blocks, self.block_tokens)}
+    sizes = {name: batch * count * (tokens * self.token_bytes() + self.scale_bytes())
+             for name, (count, tokens) in blocks.items()}
     sizes['key_sums'] = batch * self.mid_capacity * key_sum
     return sizes
 
+  def attended_bytes(self, batch: int = 1) -> int:
+    """Bytes of one layer's attended history as it lies in the cache."""
+    blocks = self.sink_blocks + self.top_k + self.recent_blocks
+    stored = self.context_tokens * self.token_bytes() + blocks * self.scale_bytes()
+    return batch * stored // self.num_layers
+
   def context_bytes(self, batch: int = 1) -> int:
     """Bytes of one layer's packed history, which exists while that layer attends it."""
-    return batch * self.context_tokens * self.token_bytes() // self.num_layers
+    return batch * self.context_tokens * self.token_bytes(self.dtype) // self.num_layers

@@ -15,12 +15,13 @@ pending slots are this package's decisions.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pf_jax.cache.spec import CacheSpec
+from pf_jax.kernels.quantization import Quantized
 from pf_jax.types import Array, KeyValues
 
 
@@ -30,7 +31,8 @@ class LayerCache:
   """What the layers remember; all layers stacked [L, ...], or one layer's slice without L.
 
   Stored keys are rotated by (height, width) and by the frame's place inside its own block, never by
-  a slot's position, and are never rotated again.
+  a slot's position, and are never rotated again. In 8 bits (`CacheSpec.storage`) each of them is a
+  `Quantized`, values and scales with the same axes.
 
   Attributes:
     sink: [L, B, S, T, N, H].
@@ -113,8 +115,8 @@ def init(spec: CacheSpec, batch: int) -> PackCache:
 
   def zeros(blocks: int, tokens: int) -> KeyValues:
     shape = (spec.num_layers, batch, blocks, tokens, *heads)
-    # Two distinct buffers: a donated cache must not hold the same one twice.
-    return KeyValues(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    # Distinct buffers: a donated cache must not hold the same one twice.
+    return KeyValues(_zeros(shape, spec), _zeros(shape, spec))
 
   return PackCache(
       layers=LayerCache(
@@ -124,6 +126,13 @@ def init(spec: CacheSpec, batch: int) -> PackCache:
           pending=zeros(spec.recent_blocks, spec.mid_tokens),
           recent=zeros(spec.recent_blocks, spec.block_tokens)),
       blocks=jnp.zeros((), jnp.int32))
+
+
+def _zeros(shape: tuple[int, ...], spec: CacheSpec) -> Any:
+  values = jnp.zeros(shape, spec.stored_dtype)
+  if not spec.quantized:
+    return values
+  return Quantized(values, jnp.zeros((*shape[:-3], 1, shape[-2], 1), jnp.float32))
 
 
 def sink_ids(blocks: Array, spec: CacheSpec) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pf_jax.cache import state
 from pf_jax.cache.select import key_sum
 from pf_jax.cache.spec import CacheSpec
+from pf_jax.kernels.quantization import dequantize, quantize
 from pf_jax.types import Array, KeyValues, check_shape
 
 
@@ -22,7 +23,14 @@ def _put(buffer: Array, value: Array, slot: Array, keep: Array) -> Array:
 
 
 def _put_pair(buffers: KeyValues, values: KeyValues, slot: Array, keep: Array) -> KeyValues:
-  return KeyValues(_put(buffers.k, values.k, slot, keep), _put(buffers.v, values.v, slot, keep))
+  return jax.tree.map(lambda buffer, value: _put(buffer, value, slot, keep), buffers, values)
+
+
+def _stored(values: KeyValues, spec: CacheSpec) -> KeyValues:
+  """Keys and values the way the cache keeps them."""
+  if not spec.quantized:
+    return values
+  return jax.tree.map(lambda x: quantize(x, spec.storage), values)
 
 
 def _age(layers: state.LayerCache, block: Array, spec: CacheSpec) -> state.LayerCache:
@@ -32,7 +40,7 @@ def _age(layers: state.LayerCache, block: Array, spec: CacheSpec) -> state.Layer
   ring = jnp.maximum(aged - spec.sink_blocks, 0) % max(spec.mid_capacity, 1)
   waiting = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(
       x, jnp.maximum(aged, 0) % spec.recent_blocks, axis=2, keepdims=False), layers.pending)
-  sums = key_sum(waiting.k, spec)
+  sums = key_sum(dequantize(waiting.k, jnp.float32), spec)
   return state.LayerCache(
       sink=layers.sink,
       archive=_put_pair(layers.archive, waiting, ring, too_young),
@@ -68,6 +76,7 @@ def commit(cache: state.PackCache, block: KeyValues, compressed: KeyValues, *,
   check_shape('compressed keys', compressed.k, 'l b m n h', m=spec.mid_tokens, **known)
   index = cache.blocks
   in_sink = index < spec.sink_blocks
+  block, compressed = _stored(block, spec), _stored(compressed, spec)
   layers = _age(cache.layers, index, spec)
   slot = index % spec.recent_blocks
   layers = state.LayerCache(
@@ -96,6 +105,7 @@ def replace_recent(cache: state.PackCache, order: int, block: KeyValues, compres
   """
   index = cache.blocks - spec.recent_blocks + order
   slot, keep = index % spec.recent_blocks, index < spec.sink_blocks
+  block, compressed = _stored(block, spec), _stored(compressed, spec)
   layers = dataclasses.replace(
       cache.layers,
       pending=_put_pair(cache.layers.pending, compressed, slot, keep),

@@ -57,7 +57,7 @@ class CausalStage(ClipStage):
   @property
   def cache_spec(self):
     """The cache's sizes while sampling."""
-    return block_lib.cache_spec(self.model, **self.cache)
+    return block_lib.cache_spec(self.model, **self.cache).trainable()
 
 
 def sample_evaluation(stage: CausalStage, objective: CausalObjective, tokenizer: Tokenizer,

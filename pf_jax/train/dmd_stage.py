@@ -141,7 +141,7 @@ class DmdStage:
     choices = dict(self.cache)
     if training and self.train_sink_blocks is not None:
       choices['sink_blocks'] = self.train_sink_blocks
-    return RolloutSpec(block_lib.cache_spec(model, **choices), self.sampler)
+    return RolloutSpec(block_lib.cache_spec(model, **choices).trainable(), self.sampler)
 
   def optimizers(self, generator: OptimizerConfig) -> dict[str, OptimizerConfig]:
     """Those of both players; they differ in their rates."""

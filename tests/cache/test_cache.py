@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pf_jax import cache as cache_lib
 from pf_jax.cache import CacheSpec
 from pf_jax.kernels.context import assemble
+from pf_jax.kernels.quantization import dequantize, quantize
 from pf_jax.types import KeyValues
 from tests.cache.slow_model import Remembered, SlowCache
 
@@ -65,11 +66,13 @@ def starts(layout, selected, spec) -> list[int]:
 @given(sink=st.integers(0, 3), recent=st.integers(1, 3), capacity=st.integers(0, 5),
        k=st.integers(0, 5), blocks=st.integers(1, 16), stride=st.sampled_from([None, 1]),
        selection=st.sampled_from(['top_k', 'fifo']), seed=st.integers(0, 99),
-       positions=st.sampled_from(['packed', 'absolute']))
-def test_like_the_slow_model(sink, recent, capacity, k, blocks, stride, selection, seed, positions):
+       positions=st.sampled_from(['packed', 'absolute']),
+       storage=st.sampled_from(['full', 'int8']))
+def test_like_the_slow_model(sink, recent, capacity, k, blocks, stride, selection, seed, positions,
+                             storage):
   spec = spec_of(sink_blocks=sink, recent_blocks=recent, mid_capacity=capacity,
                  top_k=min(k, capacity), selection=selection, mid_position_stride=stride,
-                 positions=positions)
+                 positions=positions, storage=storage)
   cache, step = cache_lib.init(spec, 1), compiled(spec)
   slow = [SlowCache(spec) for _ in range(LAYERS)]
   for number in range(blocks):
@@ -90,8 +93,11 @@ def test_like_the_slow_model(sink, recent, capacity, k, blocks, stride, selectio
       wanted = [np.repeat(n + (0.5 if n in archived else 0.0),
                           spec.mid_tokens if n in archived else spec.block_tokens)
                 for n, _ in rows[:-1]]
-      np.testing.assert_array_equal(seen, np.concatenate([*wanted, []]))
-      sums = np.asarray(compressed.k)[layer, 0].sum(0)
+      # One number many times is exact in 8 bits, but for the last digit of its scale.
+      np.testing.assert_allclose(seen, np.concatenate([*wanted, []]), rtol=1e-6)
+      stored = compressed.k if storage == 'full' else dequantize(quantize(compressed.k, storage),
+                                                                 'float32')
+      sums = np.asarray(stored)[layer, 0].sum(0)
       slow[layer].commit(Remembered(number, number, sums))
   assert int(cache.blocks) == blocks
 
@@ -115,12 +121,21 @@ def test_packed_positions_at_full_scale():
   assert spec.steady_block == 19
 
 
-def test_bytes_are_what_the_spec_predicts():
-  spec = spec_of(sink_blocks=2, recent_blocks=3, mid_capacity=5, top_k=2)
+@pytest.mark.parametrize('storage', ['full', 'int8', 'float8_e4m3fn'])
+def test_bytes_are_what_the_spec_predicts(storage):
+  spec = spec_of(sink_blocks=2, recent_blocks=3, mid_capacity=5, top_k=2, storage=storage)
   layers = cache_lib.init(spec, 2).layers
   got = {name: sum(x.nbytes for x in jax.tree.leaves(getattr(layers, name)))
          for name in ('sink', 'archive', 'key_sums', 'pending', 'recent')}
   assert got == spec.partition_bytes(2)
+
+
+def test_two_minutes_of_the_1_3b_in_8_bits_take_less_than_4_gb():
+  spec = CacheSpec(num_layers=30, num_heads=12, head_dim=128, grid=(4, 30, 52), mid_grid=(2, 7, 13),
+                   dtype='bfloat16')
+  sizes = {name: sum(dataclasses.replace(spec, storage=name).partition_bytes().values())
+           for name in ('full', 'int8', 'float8_e4m3fn')}
+  assert sizes == {'full': 7_801_528_320, 'int8': 3_912_940_800, 'float8_e4m3fn': 3_912_940_800}
 
 
 def test_winners_that_are_not_the_newest():
@@ -188,10 +203,17 @@ def test_commit_lives_in_a_scan_and_leaves_its_input_alone():
     ({'sink_blocks': -1}, 'sink_blocks=-1 must not be negative'),
     ({'selection': 'best'}, "selection='best' is unknown; use one of top_k, fifo"),
     ({'score_heads': 9}, 'score_heads=9'), ({'mid_position_stride': 0}, 'mid_position_stride=0'),
+    ({'storage': 'int4'}, "storage='int4' is unknown; use one of full, int8, float8_e4m3fn"),
     ({'dtype': 'float16'}, "dtype='float16'")])
 def test_wrong_sizes_say_what_to_do(choices, message):
   with pytest.raises(ValueError, match=message):
     spec_of(**choices)
+
+
+def test_what_is_rounded_cannot_be_trained():
+  assert spec_of().trainable() == spec_of()
+  with pytest.raises(ValueError, match="storage='int8' has no gradient; train with 'full'"):
+    spec_of(storage='int8').trainable()
 
 
 def test_a_piece_of_a_block_is_refused():

@@ -79,6 +79,11 @@ def test_clips_without_a_middle_are_refused(stage):
     dataclasses.replace(stage, clip_blocks=2)
 
 
+def test_a_cache_in_8_bits_is_refused(stage):
+  with pytest.raises(ValueError, match="storage='int8' has no gradient; train with 'full'"):
+    dataclasses.replace(stage, cache={**stage.cache, 'storage': 'int8'})
+
+
 def test_a_missing_vae_is_named(stage, tmp_path):
   lost = dataclasses.replace(stage, vae=str(tmp_path))
   with pytest.raises(package.PackageError, match=r'cannot read a VAE .* configs/digits/vae\.py'):

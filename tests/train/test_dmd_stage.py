@@ -134,6 +134,9 @@ def test_training_may_have_another_sink(stage, models):
   assert with_none.rollout(models.spec, training=True).cache.sink_blocks == 0
   assert with_none.rollout(models.spec, training=False).cache.sink_blocks == 1
   assert stage.rollout(models.spec, training=True).cache.sink_blocks == 1
+  rounded = dataclasses.replace(stage, cache={**stage.cache, 'storage': 'int8'})
+  with pytest.raises(ValueError, match="storage='int8' has no gradient; train with 'full'"):
+    rounded.rollout(models.spec, training=True)
 
 
 @pytest.mark.parametrize(('change', 'message'), [

@@ -41,7 +41,7 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
   if implementation not in (None, *BACKENDS):
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
   if implementation != 'pallas':
-    segments = ready_made(segments)
+    segments = ready_made(segments, q.dtype)
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.
     fits = target_platform() == 'cuda' and cudnn.supports(q, segments)

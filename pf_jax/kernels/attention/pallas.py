@@ -77,6 +77,8 @@ def _aligned(x: Array) -> Array:
 def _pool(segment: Segment | Blocks, rotations: int) -> tuple[Pool, Array]:
   """The blocks of a segment, their rotations counted on from `rotations`, and shifts [b, s]."""
   first: Array | int = 0
+  k: Any
+  v: Any
   if isinstance(segment, Segment):  # one block that stays where it is
     batch = segment.k.shape[0]
     k, v, rows = _aligned(segment.k), _aligned(segment.v), segment.k.shape[1]
@@ -108,7 +110,7 @@ def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:
 
 def _library(q: Array, segments: tuple[Segment | Blocks, ...]) -> Array:
   """The same by a library that has a gradient."""
-  packed = ready_made(segments)
+  packed = ready_made(segments, q.dtype)
   fits = target_platform() == 'cuda' and cudnn.supports(q, packed)
   return (cudnn if fits else reference).attend(q, packed)
 

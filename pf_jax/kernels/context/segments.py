@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 
+from pf_jax.kernels.quantization import Quantized
 from pf_jax.types import Array
 
 
@@ -31,7 +32,8 @@ class Blocks(NamedTuple):
   A batch of 1 in `chosen`, `shift` or `valid` stands for all videos.
 
   Attributes:
-    k: [B, n, T, N, H], all blocks of the partition; their rotation lacks `shift`.
+    k: [B, n, T, N, H], all blocks of the partition; their rotation lacks `shift`. Perhaps in 8
+      bits, likewise v.
     v: [B, n, T, N, H]; finite, also where nothing counts: its weight is zero, but a fused kernel
       multiplies by it all the same.
     shift: [b, s], where each attended block starts, in latent frames from the current one.
@@ -41,8 +43,8 @@ class Blocks(NamedTuple):
       attended. A kernel reads it there; a slice would be a copy.
   """
 
-  k: Array
-  v: Array
+  k: Array | Quantized
+  v: Array | Quantized
   shift: Array
   valid: Array
   chosen: Array | None = None
@@ -57,5 +59,6 @@ class Blocks(NamedTuple):
     """The same without the other layers."""
     if self.layer is None:
       return self
-    k, v = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+    k, v = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False),
+                        (self.k, self.v))
     return self._replace(k=k, v=v, layer=None)

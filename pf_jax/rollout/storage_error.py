@@ -1,0 +1,59 @@
+"""What attention loses when its history is stored in fewer bits, on a video's own activations."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pf_jax import cache as cache_lib
+from pf_jax.kernels import quantization
+from pf_jax.kernels.attention import Blocks, attend
+from pf_jax.models.bundle import VideoModels
+from pf_jax.rollout import block as block_lib
+from pf_jax.rollout import step
+from pf_jax.rollout.block import RolloutSpec, RolloutState
+from pf_jax.types import Array, KeyValues
+
+
+def _stored(blocks: Blocks, storage: str) -> Blocks:
+  def store(x: Array):
+    if storage in quantization.DTYPES:
+      return quantization.quantize(x, storage)
+    return x.astype(storage).astype(x.dtype)
+
+  k, v = jax.tree.map(store, (blocks.k, blocks.v))
+  return blocks._replace(k=k, v=v)
+
+
+def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, keys: Array,
+                     storages: Sequence[str], *, spec: RolloutSpec) -> dict[str, Array]:
+  """Error of attending the history in a block's first pass, by layer.
+
+  Args:
+    models: networks.
+    state: of a rollout whose cache holds keys and values whole, best in float32.
+    text: cross-attention keys/values [L, B, rows, N, H].
+    keys: [B] typed random keys, one per video.
+    storages: dtypes to store them in: those of `quantization.DTYPES`, or e.g. 'bfloat16'.
+    spec: static choices.
+
+  Returns:
+    [L] for each of `storages`: root mean square of the error over that of the exact result.
+  """
+  blocks = state.cache.blocks
+  layout = cache_lib.layout(blocks, spec.cache)
+
+  def context_fn(layer, q: Array):
+    selected = cache_lib.select(layer, q, blocks, spec=spec.cache)
+    history = cache_lib.context(layer, selected, blocks, layout, spec=spec.cache)
+    exact = attend(q, history)
+    errors = {name: jnp.sqrt(jnp.mean(jnp.square(
+        attend(q, [_stored(part, name) for part in history]) - exact)) / jnp.mean(exact**2))
+              for name in storages}
+    return history, errors
+
+  noise = block_lib.block_noise(keys, blocks, 0, models.spec.video.block_latent_shape)
+  level, next_level = spec.sampler.sigmas[:2]
+  return step.denoise_step(models, noise, level, next_level, noise, text,
+                           slices=state.cache.layers, context_fn=context_fn,
+                           solver=spec.sampler.solver)[1]

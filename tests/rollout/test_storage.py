@@ -1,0 +1,65 @@
+"""Keys and values in 8 bits: what it costs on the shipped miniature's own activations.
+
+`pytest -s tests/rollout/test_storage.py` prints the error of every layer.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import pf_jax
+from pf_jax.rollout.storage_error import attention_errors
+from pf_jax.sampling.meter import partition_bytes
+
+PROMPTS = ('a white seven drifts right on a teal background',
+           'a yellow three drifts left on a navy background')
+BLOCKS = 20  # the sink, the whole of top-k and the newest block
+STORAGES = ('bfloat16', 'int8', 'float8_e4m3fn')
+
+
+def last_block(pipeline):
+  *_, last = pipeline.blocks(PROMPTS, BLOCKS, (1, 2))
+  return last
+
+
+@pytest.fixture(scope='module')
+def whole():
+  """The miniature with a whole cache, after its last block."""
+  pipeline = pf_jax.load()
+  return pipeline, last_block(pipeline)
+
+
+def test_error_of_attention(whole):
+  """Int8 loses less than four times what bfloat16 loses by itself."""
+  pipeline, block = whole
+  programs = pipeline.programs(len(PROMPTS))
+  text = programs.text_keys_values(pipeline.prompts(PROMPTS))
+  keys = jax.random.split(jax.random.key(0), len(PROMPTS))
+  errors = jax.jit(functools.partial(attention_errors, storages=STORAGES, spec=pipeline.spec))(
+      pipeline.models, block.state, text, keys)
+  for name, layers in errors.items():
+    print(name, *(f'{float(error):.5f}' for error in layers))
+    assert layers.shape == (pipeline.spec.cache.num_layers,)
+  exact, int8, float8 = (np.asarray(errors[name]) for name in STORAGES)
+  assert (exact > 1e-4).all()
+  assert (int8 > exact).all()
+  assert int8.max() < 0.008
+  assert int8.mean() < 4 * exact.mean()
+  assert (float8 > int8).all()
+  assert float8.max() < 0.04
+
+
+@pytest.mark.parametrize(('storage', 'allowed'), [('int8', 0.05), ('float8_e4m3fn', 0.1)])
+def test_the_video_is_the_same(whole, storage, allowed):
+  """Twenty blocks, each from what the ones before left in 8 bits: latents and memory."""
+  pipeline = pf_jax.load(cache=dict(storage=storage))
+  block, wanted = last_block(pipeline), np.asarray(whole[1].latents)
+  error = np.sqrt(np.mean((np.asarray(block.latents) - wanted)**2) / np.mean(wanted**2))
+  print(storage, f'{error:.5f} in the latents of block {BLOCKS - 1}')
+  assert 0 < error < allowed
+  sizes = partition_bytes(block.state)
+  assert sizes == pipeline.spec.cache.partition_bytes(len(PROMPTS))
+  full = whole[0].spec.cache.partition_bytes(len(PROMPTS))
+  assert sizes['archive'] < 0.27 * full['archive']  # a quarter of float32, and the scales
