@@ -1,12 +1,12 @@
 """Attention by the Mosaic GPU kernel of `pallas_gpu`: prepares its arguments, and its gradient.
 
-Blocks are read out of the cache; what is made here are the queries a quarter turn further, a table
-of rotations, one for each attended block, and the table of tiles.
+Blocks are read out of the cache; what is made here are the queries a quarter turn further, tables
+of rotations and scales, a row for each attended block, and the table of tiles.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from pf_jax.kernels.attention import cudnn, reference
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool
 from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
+from pf_jax.kernels.quantization import Quantized
 from pf_jax.types import Array, PyTree
 
-LIMITS = ('bfloat16 or float16, heads of 64 or 128, blocks of a cache whose rows are a multiple of '
-          f'{ALIGNMENT} in all, and segments without empty slots')
+LIMITS = ('bfloat16 or float16, blocks also in 8 bits, heads of 64 or 128, blocks of a cache whose '
+          f'rows are a multiple of {ALIGNMENT} in all, and segments without empty slots')
 
 
 def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
@@ -29,7 +30,9 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
       return segment.valid is None
     return segment.k.shape[-4] * segment.k.shape[-3] % ALIGNMENT == 0
 
-  dtypes = {q.dtype, *(x.dtype for segment in segments for x in (segment.k, segment.v))}
+  whole = [x for segment in segments for x in (segment.k, segment.v)
+           if not isinstance(x, Quantized)]
+  dtypes = {q.dtype, *(x.dtype for x in whole)}
   return (dtypes in ({jnp.dtype('bfloat16')}, {jnp.dtype('float16')})
           and q.shape[-1] in (COLUMNS, 2 * COLUMNS) and all(map(fits, segments)))
 
@@ -53,18 +56,19 @@ def _attend(q: Array, segments: tuple[Segment | Blocks, ...], tiles: Any, interp
 
   batch, tokens, heads, head_dim = q.shape
   pools: list[Pool] = []
-  shifts: list[Array] = []
+  slots: list[_Slots] = []
   for segment in segments:
-    pool, shift = _pool(segment, sum(x.shape[1] for x in shifts))
+    pool, own = _pool(segment, sum(x.shift.shape[1] for x in slots))
     pools.append(pool)
-    shifts.append(jnp.repeat(shift, batch // shift.shape[0], axis=0))
-  cos, sin = _rotations(jnp.concatenate(shifts, axis=1), head_dim)
+    slots.append(jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), own))
+  shift, *scales = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
+  cos, sin = _rotations(shift, head_dim)
   rows = _aligned(q)
   pairs = rows[..., :COLUMNS].reshape(*rows.shape[:3], COLUMNS // 2, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out = pallas_gpu.attend_pools(
       rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * COLUMNS), cos,
-      sin, pools, head_dim=head_dim, tiles=tiles or pallas_gpu.TileSpec(), interpret=interpret)
+      sin, pools, scales=scales, head_dim=head_dim, tiles=tiles, interpret=interpret)
   return out[:, :tokens].reshape(q.shape)
 
 
@@ -74,30 +78,47 @@ def _aligned(x: Array) -> Array:
   return jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))) if missing else x
 
 
-def _pool(segment: Segment | Blocks, rotations: int) -> tuple[Pool, Array]:
-  """The blocks of a segment, their rotations counted on from `rotations`, and shifts [b, s]."""
-  first: Array | int = 0
-  k: Any
-  v: Any
+class _Slots(NamedTuple):
+  """What attended blocks are multiplied and moved by.
+
+  Attributes:
+    shift: [b, s], latent frames.
+    k_scale: [b, s, N] float32, of keys in 8 bits; 1 elsewhere. Likewise v_scale.
+  """
+
+  shift: Array
+  k_scale: Array
+  v_scale: Array
+
+
+def _pool(segment: Segment | Blocks, slots: int) -> tuple[Pool, _Slots]:
+  """The blocks of a segment, its slots counted on from `slots`."""
   if isinstance(segment, Segment):  # one block that stays where it is
-    batch = segment.k.shape[0]
-    k, v, rows = _aligned(segment.k), _aligned(segment.v), segment.k.shape[1]
-    total = k.shape[1]
-    chosen = jnp.zeros((batch, 1), jnp.int32)
-    valid, shift = jnp.ones((batch, 1), bool), jnp.zeros((batch, 1))
+    k, v = (_aligned(x)[:, None] for x in (segment.k, segment.v))
+    rows, one = segment.k.shape[1], (segment.k.shape[0], 1)
+    segment = Blocks(k, v, jnp.zeros(one), jnp.ones(one, bool))
   else:
-    k, v, rows, batch = segment.k, segment.v, segment.k.shape[-3], segment.batch
-    total = k.shape[-4] * rows
-    if segment.layer is not None:
-      first = segment.layer * batch
-    blocks = segment.valid.shape[1]
-    chosen = jnp.arange(blocks)[None] if segment.chosen is None else segment.chosen
-    chosen, valid, shift = (jnp.broadcast_to(x, (batch, blocks))
-                           for x in (chosen, segment.valid, segment.shift))
-  width = k.shape[-2] * k.shape[-1]
+    rows = segment.k.shape[-3]
+  batch, attended = segment.batch, segment.valid.shape[1]
+  first = 0 if segment.layer is None else segment.layer * batch
+  chosen = jnp.arange(attended)[None] if segment.chosen is None else segment.chosen
+  chosen, valid, shift = (jnp.broadcast_to(x, (batch, attended))
+                          for x in (chosen, segment.valid, segment.shift))
+  k, v = (x.values if isinstance(x, Quantized) else x for x in (segment.k, segment.v))
+  total, width = k.shape[-4] * k.shape[-3], k.shape[-2] * k.shape[-1]
   k, v = (x.reshape(-1, total, width) for x in (k, v))
-  rotation = jnp.broadcast_to(rotations + jnp.arange(chosen.shape[1]), chosen.shape)
-  return Pool(k, v, rows, chosen, valid, rotation, first), shift
+  scales = (_scales(x, first, chosen) for x in (segment.k, segment.v))
+  slot = jnp.broadcast_to(slots + jnp.arange(attended), chosen.shape)
+  return Pool(k, v, rows, chosen, valid, slot, first), _Slots(shift, *scales)
+
+
+def _scales(x: Array | Quantized, first: Array | int, chosen: Array) -> Array:
+  """[b, s, N], of the blocks chosen [b, s] in the rows of videos from `first` on."""
+  heads = x.shape[-2]
+  if not isinstance(x, Quantized):
+    return jnp.ones((*chosen.shape, heads), jnp.float32)
+  scale = x.scale.reshape(-1, x.shape[-4], heads)
+  return scale[(first + jnp.arange(chosen.shape[0]))[:, None], chosen]
 
 
 def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:

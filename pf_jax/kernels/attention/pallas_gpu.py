@@ -10,7 +10,8 @@ no key is gathered, rotated or copied, and stored keys stay as they were rounded
 
 A program computes 64 queries of one head for each of its warpgroups. One more warpgroup fetches
 tiles of keys and values by TMA into a ring of buffers; the others multiply and keep a running
-maximum and sum in base 2. A table says which tiles (`tiles.tile_table`): first those without a mask
+maximum and sum in base 2. Blocks stored in 8 bits are fetched as they are, and made half precision
+by the fetching warpgroup, which loses nothing; their scales multiply logits and weights. A table says which tiles (`tiles.tile_table`): first those without a mask
 and then the rest, none for what does not count.
 """
 
@@ -31,6 +32,7 @@ from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
 MASKED = -1e30
+WIDENED = 2048  # numbers that a warpgroup makes half precision at once
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
 # Registers of a thread that (computes, fetches). A multiprocessor has 65,536, which is 512 for each
 # of 128 places in a warpgroup; three warpgroups are launched with 168 each, 504 in all. A warpgroup
@@ -49,6 +51,7 @@ class TileSpec:
       rounds over a card's multiprocessors, two do not.
     keys: of a tile.
     stages: tiles of keys, and of values, in the ring.
+    stored_stages: of tiles in 8 bits, which wait beside the ring.
 
   Raises:
     ValueError: sizes that the hardware cannot multiply.
@@ -57,6 +60,7 @@ class TileSpec:
   warpgroups: int = 3
   keys: int = 64
   stages: int = 3
+  stored_stages: int = 2
 
   def __post_init__(self):
     if self.warpgroups not in (2, 3):
@@ -64,35 +68,45 @@ class TileSpec:
                        'between them.')
     if self.keys % 32 or not 32 <= self.keys <= 256:
       raise ValueError(f'keys={self.keys} must be a multiple of 32 within 32..256.')
-    if self.stages < 2:
-      raise ValueError(f'stages={self.stages} must be at least 2: one is read while another fills.')
+    for name in ('stages', 'stored_stages'):
+      if getattr(self, name) < 2:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 2: one is read while '
+                         'another fills.')
 
   @property
   def queries(self) -> int:
     """Of a program."""
     return self.warpgroups * ROWS
 
-  def shared_bytes(self, head_dim: int, rotations: int) -> int:
+  @property
+  def v_swizzle(self) -> int:
+    """Bytes; the product with v contracts keys, of which a tile holds whole swizzled groups."""
+    return 64 if self.keys % COLUMNS else 128
+
+  def shared_bytes(self, head_dim: int, slots: int, quantized: bool = False) -> int:
     """Shared memory of a program for so many attended blocks, without its barriers."""
     half, full = 2, 4
     queries = self.queries * (head_dim + 2 * COLUMNS) * half
-    return (queries + 2 * self.stages * self.keys * head_dim * half
-            + 2 * rotations * COLUMNS * full)
+    stored = quantized * 2 * self.stored_stages * self.keys * head_dim
+    return (queries + 2 * self.stages * self.keys * head_dim * half + stored
+            + 2 * slots * COLUMNS * full)
 
 
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 head_dim: int, tiles: TileSpec = TileSpec(), interpret: Any = None) -> Array:
+                 scales: Sequence[Array], head_dim: int, tiles: TileSpec | None = None,
+                 interpret: Any = None) -> Array:
   """One softmax over the blocks of all pools.
 
   Args:
     q: [B, T, N * H], half precision, T a multiple of `ALIGNMENT`.
     turned: [B, T, N * COLUMNS], the first columns of every head turned by a quarter: each pair
       (a, b) as (-b, a).
-    cos: [B, r, COLUMNS] float32, for every rotation; 1 where nothing is rotated.
+    cos: [B, r, COLUMNS] float32, for every attended block; 1 where nothing is rotated.
     sin: [B, r, COLUMNS] float32; 0 there.
     pools: their batch may be smaller by a whole factor.
+    scales: of keys and of values, each [B, r, N] float32; read where a pool has 8 bits.
     head_dim: H, a multiple of `COLUMNS`.
-    tiles: sizes.
+    tiles: sizes; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
 
   Returns:
@@ -101,7 +115,10 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   Raises:
     ValueError: more blocks than there is shared memory for.
   """
-  needed = tiles.shared_bytes(head_dim, cos.shape[1])
+  quantized = any(pool.quantized for pool in pools)
+  if tiles is None:  # what waits in 8 bits takes the place of a stage
+    tiles = TileSpec(stages=2) if quantized else TileSpec()
+  needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized)
   if needed > SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
                      f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
@@ -112,13 +129,14 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   options = {} if interpret is None else dict(interpret=interpret)
   return plgpu.kernel(
       body, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-      scratch_types=_scratch(q.dtype, head_dim, cos.shape[1], tiles, interpret is not None),
+      scratch_types=_scratch(q.dtype, pools, head_dim, cos.shape[1], tiles, interpret is not None),
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
       num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **options)(q, turned, cos, sin, *table, *(x for pool in pools for x in (pool.k, pool.v)))
+      **options)(q, turned, cos, sin, *scales, *table,
+                 *(x for pool in pools for x in (pool.k, pool.v)))
 
 
 class _Scratch(NamedTuple):
@@ -130,6 +148,8 @@ class _Scratch(NamedTuple):
     turned: [w, 64, COLUMNS].
     k: [stages, keys, H].
     v: [stages, keys, H].
+    stored_k: [stored_stages, keys, H], keys in 8 bits; None where there are none. Likewise
+      stored_v.
     p: [w, 64, keys], weights; for the interpreter, which multiplies from shared memory only.
     cos: [r, COLUMNS] float32.
     sin: [r, COLUMNS] float32.
@@ -137,6 +157,7 @@ class _Scratch(NamedTuple):
     q_ready: a barrier for each warpgroup.
     k_ready: a barrier for each stage, likewise the rest.
     v_ready: values arrived.
+    stored_k_ready: a barrier for each stage in 8 bits; likewise stored_v_ready.
     k_free: all warpgroups have read the keys.
     v_free: all warpgroups have read the values.
   """
@@ -146,6 +167,8 @@ class _Scratch(NamedTuple):
   turned: Any
   k: Any
   v: Any
+  stored_k: Any
+  stored_v: Any
   p: Any
   cos: Any
   sin: Any
@@ -153,45 +176,61 @@ class _Scratch(NamedTuple):
   table_ready: Any
   k_ready: Any
   v_ready: Any
+  stored_k_ready: Any
+  stored_v_ready: Any
   k_free: Any
   v_free: Any
 
 
-def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted: bool) -> _Scratch:
-  # The product with v contracts keys: a tile must hold whole swizzled groups of them.
+def _scratch(dtype, pools: Sequence[Pool], head_dim: int, slots: int, tiles: TileSpec,
+             interpreted: bool) -> _Scratch:
   def room(*shape: int, swizzle: int = 128):
     columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(
         plgpu.TilingTransform((ALIGNMENT, columns)), plgpu.SwizzleTransform(swizzle)))
 
+  stored_dtype = next((pool.k.dtype for pool in pools if pool.quantized), None)
+
+  def stored(what):
+    return None if stored_dtype is None else what()
+
+  def stored_room():
+    return plgpu.SMEM((tiles.stored_stages, tiles.keys, head_dim), stored_dtype)
+
+  def stored_ready():
+    return plgpu.Barrier(num_barriers=tiles.stored_stages)
+
   groups, stages = tiles.warpgroups, tiles.stages
   return _Scratch(
       q=room(groups, ROWS, head_dim), head=room(groups, ROWS, COLUMNS),
       turned=room(groups, ROWS, COLUMNS), k=room(stages, tiles.keys, head_dim),
-      v=room(stages, tiles.keys, head_dim, swizzle=64 if tiles.keys % COLUMNS else 128),
+      v=room(stages, tiles.keys, head_dim, swizzle=tiles.v_swizzle),
+      stored_k=stored(stored_room), stored_v=stored(stored_room),
       p=room(groups, ROWS, tiles.keys, swizzle=64) if interpreted else None,
-      cos=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
-      sin=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
+      cos=plgpu.SMEM((slots, COLUMNS), jnp.float32),
+      sin=plgpu.SMEM((slots, COLUMNS), jnp.float32),
       q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=groups),
       table_ready=plgpu.Barrier(num_arrivals=2),
       k_ready=plgpu.Barrier(num_barriers=stages), v_ready=plgpu.Barrier(num_barriers=stages),
+      stored_k_ready=stored(stored_ready), stored_v_ready=stored(stored_ready),
       k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
 
-def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, interpreted):
+def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools, head_dim, tiles, interpreted):
   """What one program does; arguments are references to global memory, then to shared memory."""
   fields = len(TileTable._fields)
   table, arrays, out = TileTable(*refs[:fields]), refs[fields:fields + 2 * pools], refs[
       fields + 2 * pools]
   scratch = _Scratch(*refs[fields + 2 * pools + 1:])
+  scales = (k_scale, v_scale) if any(x.dtype.itemsize == 1 for x in arrays) else None
   group = lax.axis_index('warpgroup')
   computing, fetching = REGISTERS[tiles.warpgroups]
 
   @pl.when(group < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(computing, action='increase')
-    _compute((q, turned), table, out, scratch, head_dim, tiles, interpreted)
+    _compute((q, turned), scales, table, out, scratch, head_dim, tiles, interpreted)
 
   @pl.when(group == tiles.warpgroups)
   def _():
@@ -199,10 +238,11 @@ def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, interpreted):
     video = lax.axis_index('video')
     plgpu.copy_gmem_to_smem(cos.at[video], scratch.cos, scratch.table_ready)
     plgpu.copy_gmem_to_smem(sin.at[video], scratch.sin, scratch.table_ready)
-    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, head_dim, tiles)
+    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, head_dim, tiles,
+           interpreted)
 
 
-def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
+def _compute(queries, scales, table, out, scratch, head_dim, tiles, interpreted):
   """One warpgroup: its 64 queries against all tiles."""
   q, turned = queries
   group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
@@ -238,10 +278,13 @@ def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
       column = _columns(logits.shape, interpreted)
       counts = (column >= table.low[video, number]) & (column < table.high[video, number])
       logits = jnp.where(counts, logits, MASKED)
-    highest = jnp.maximum(top, logits.max(axis=1) * scale)
+    unit = scale if scales is None else scale * scales[0][video, table.slot[video, number], head]
+    highest = jnp.maximum(top, logits.max(axis=1) * unit)
     keep = jnp.exp2(top - highest)
-    weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(highest, logits.shape, [0]))
+    weights = jnp.exp2(logits * unit - lax.broadcast_in_dim(highest, logits.shape, [0]))
     total = total * keep + weights.sum(axis=1)
+    if scales is not None:
+      weights = weights * scales[1][video, table.slot[video, number], head]
     acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
     acc = _add_values(acc, weights.astype(q_s.dtype), scratch.v.at[stage],
@@ -293,31 +336,59 @@ def _columns(shape: tuple[int, ...], interpreted: bool) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def _fetch(pools, table, scratch, head_dim, tiles):
+def _fetch(pools, table, scratch, head_dim, tiles, interpreted):
   """The fetching warpgroup: every tile in turn, as soon as all others are done with its place."""
   video = lax.axis_index('video')
   columns = pl.ds(lax.axis_index('head') * head_dim, head_dim)
   count = table.total[video]
-  halves = ((scratch.k, scratch.k_ready, scratch.k_free),
-            (scratch.v, scratch.v_ready, scratch.v_free))
+  stored = [index for index, (k, _) in enumerate(pools) if k.dtype.itemsize == 1]
+  whole = [index for index in range(len(pools)) if index not in stored]
+  halves = ((scratch.k, scratch.k_ready, scratch.k_free, scratch.stored_k, scratch.stored_k_ready),
+            (scratch.v, scratch.v_ready, scratch.v_free, scratch.stored_v, scratch.stored_v_ready))
+
+  def fetch(number, half, indices, room, ready):
+    """Starts to fetch half a tile, if it is of one of these pools."""
+    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), tiles.keys)
+    for index in indices:
+
+      @pl.when(table.pool[video, number] == index)
+      def _(ref=pools[index][half]):
+        plgpu.copy_gmem_to_smem(ref.at[table.video[video, number], rows, columns], room, ready)
+
+  def fetch_stored(number):
+    place = lax.rem(number, jnp.int32(tiles.stored_stages))
+    for half, (*_, room, ready) in enumerate(halves):
+      fetch(number, half, stored, room.at[place], ready.at[place])
+
+  if stored:
+    pl.loop(0, jnp.minimum(count, tiles.stored_stages))(fetch_stored)
 
   @pl.loop(0, count)
   def _(number):
     stage = lax.rem(number, jnp.int32(tiles.stages))
-    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), tiles.keys)
-    pool = table.pool[video, number]
-    for half, (buffer, ready, free) in enumerate(halves):
+    for half, (room, ready, free, *waiting) in enumerate(halves):
 
       @pl.when(number >= tiles.stages)
       def _(free=free):
         plgpu.barrier_wait(free.at[stage])
 
-      for index, arrays in enumerate(pools):
+      fetch(number, half, whole, room.at[stage], ready.at[stage])
+      if stored:
+        place = lax.rem(number, jnp.int32(tiles.stored_stages))
+        from_stored = functools.reduce(
+            jnp.logical_or, [table.pool[video, number] == index for index in stored])
 
-        @pl.when(pool == index)
-        def _(ref=arrays[half], buffer=buffer, ready=ready):
-          plgpu.copy_gmem_to_smem(ref.at[table.video[video, number], rows, columns],
-                                  buffer.at[stage], ready.at[stage])
+        @pl.when(from_stored)
+        def _(half=half, room=room, ready=ready, waiting=waiting, place=place):
+          stored_room, stored_ready = (x.at[place] for x in waiting)
+          plgpu.barrier_wait(stored_ready)
+          swizzle = tiles.v_swizzle if half else 128
+          _widen(stored_room, room.at[stage], None if interpreted else swizzle)
+          plgpu.barrier_arrive(ready.at[stage])
+
+    if stored:
+      ahead = number + tiles.stored_stages
+      pl.when(ahead < count)(lambda: fetch_stored(ahead))
 
   @pl.loop(jnp.maximum(count - tiles.stages, 0), count)
   def _(number):
@@ -325,3 +396,22 @@ def _fetch(pools, table, scratch, head_dim, tiles):
     stage = lax.rem(number, jnp.int32(tiles.stages))
     plgpu.barrier_wait(scratch.k_free.at[stage])
     plgpu.barrier_wait(scratch.v_free.at[stage])
+
+
+def _widen(stored, room, swizzle: int | None):
+  """Copies a tile in 8 bits to one of half precision, some rows at a time for want of registers."""
+  keys, width = stored.shape
+  rows = WIDENED // width
+
+  @pl.loop(0, keys // rows)
+  def _(part):
+    some = pl.ds(pl.multiple_of(part * rows, rows), rows)
+    values = stored[some]
+    if swizzle is not None:  # as a thread writes them without conflicts
+      values = plgpu.layout_cast(
+          values, plgpu.Layout.SMEM_GMEM_COPY((rows, width), room.dtype, swizzle))
+    if (stored.dtype, room.dtype) != (jnp.int8, jnp.bfloat16):  # the one pair with a short way
+      values = values.astype(jnp.float32)
+    room[some] = values.astype(room.dtype)
+
+  plgpu.commit_smem()

@@ -20,12 +20,12 @@ class Pool(NamedTuple):
   """Blocks that are attended, out of one array that holds many.
 
   Attributes:
-    k: [r, n * T, N * H], r rows of videos, perhaps of several layers.
-    v: [r, n * T, N * H].
+    k: [r, n * T, N * H], r rows of videos, perhaps of several layers; half precision or 8 bits.
+    v: [r, n * T, N * H], likewise.
     block_rows: T.
     chosen: [b, s] int32, the attended blocks of 0 .. n-1.
     valid: [b, s] bool, which of them count.
-    rotation: [b, s] int32, rows of a table of rotations.
+    slot: [b, s] int32, the attended blocks of all pools, numbered: rows of tables.
     first: int32 [], the first of the b rows of k and v that are attended.
   """
 
@@ -34,8 +34,13 @@ class Pool(NamedTuple):
   block_rows: int
   chosen: Array
   valid: Array
-  rotation: Array
+  slot: Array
   first: Array | int = 0
+
+  @property
+  def quantized(self) -> bool:
+    """Whether keys and values are stored in 8 bits."""
+    return self.k.dtype.itemsize == 1
 
 
 class TileTable(NamedTuple):
@@ -47,7 +52,8 @@ class TileTable(NamedTuple):
     start: [B, n] int32, first row of it, a multiple of `ALIGNMENT`.
     low: [B, n] int32, first row of the tile that counts.
     high: [B, n] int32, the end of those.
-    turn: [B, n] int32, the rotation if it is another one than the last tile's, else -1.
+    slot: [B, n] int32, the attended block that the tile is of.
+    turn: [B, n] int32, that slot if it is another one than the last tile's, else -1.
     plain: [B] int32, how many tiles need no mask.
     total: [B] int32, how many tiles there are.
   """
@@ -57,6 +63,7 @@ class TileTable(NamedTuple):
   start: Array
   low: Array
   high: Array
+  slot: Array
   turn: Array
   plain: Array
   total: Array
@@ -70,7 +77,7 @@ class _Cut(NamedTuple):
   low: Array
   high: Array
   valid: Array
-  rotation: Array
+  slot: Array
   masked: np.ndarray  # [t]
 
 
@@ -86,9 +93,9 @@ def _cut(pool: Pool, keys: int) -> _Cut:
   low, high = jnp.maximum(first - start, 0), jnp.minimum(first + rows - start, keys)
   valid = pool.valid[..., None] & (high > low)
   video = pool.first + jnp.arange(start.shape[0])[:, None, None]
-  rotation, masked = pool.rotation[..., None], (numbers >= rows // keys) | (not aligned)
-  video, rotation = (jnp.broadcast_to(x, start.shape) for x in (video, rotation))
-  return _Cut(video, start, low, high, valid, rotation, masked)
+  slot, masked = pool.slot[..., None], (numbers >= rows // keys) | (not aligned)
+  video, slot = (jnp.broadcast_to(x, start.shape) for x in (video, slot))
+  return _Cut(video, start, low, high, valid, slot, masked)
 
 
 def tile_table(pools: Sequence[Pool], batch: int, keys: int) -> TileTable:
@@ -103,16 +110,16 @@ def tile_table(pools: Sequence[Pool], batch: int, keys: int) -> TileTable:
     return jnp.repeat(x.reshape(x.shape[0], -1), batch // x.shape[0], axis=0)
 
   cuts = [_cut(pool, keys) for pool in pools]
-  fields = [[flat(x) for x in (cut.video, cut.start, cut.low, cut.high, cut.valid, cut.rotation,
+  fields = [[flat(x) for x in (cut.video, cut.start, cut.low, cut.high, cut.valid, cut.slot,
                                jnp.broadcast_to(cut.masked, cut.start.shape))] for cut in cuts]
   pool = np.repeat(np.arange(len(pools)), [field[0].shape[1] for field in fields])
-  video, start, low, high, valid, rotation, masked = (
+  video, start, low, high, valid, slot, masked = (
       jnp.concatenate(parts, axis=1) for parts in zip(*fields, strict=True))
   order = jnp.argsort(jnp.where(valid, masked.astype(jnp.int32), 2), axis=1, stable=True)
-  video, start, low, high, rotation = (jnp.take_along_axis(x, order, axis=1)
-                                       for x in (video, start, low, high, rotation))
-  before = jnp.pad(rotation[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  video, start, low, high, slot = (jnp.take_along_axis(x, order, axis=1)
+                                   for x in (video, start, low, high, slot))
+  before = jnp.pad(slot[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   return TileTable(jnp.asarray(pool, jnp.int32)[order], video.astype(jnp.int32), start, low, high,
-                   jnp.where(rotation == before, -1, rotation),
+                   slot, jnp.where(slot == before, -1, slot),
                    jnp.sum(valid & ~masked, axis=1, dtype=jnp.int32),
                    jnp.sum(valid, axis=1, dtype=jnp.int32))
