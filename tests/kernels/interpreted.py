@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pf_jax.kernels.attention import pallas, pallas_gpu, reference
+from pf_jax.kernels.attention import combine, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import Blocks, Segment, assemble
 
 HEAD = 128
@@ -81,8 +81,16 @@ def cases():
   yield 'the second of three layers', q(2, 64), [*stacked, own(2, 64)]
 
 
+def halves():
+  """Name -> queries, and what they attend in two parts that are computed apart."""
+  known = {name: (q, segments) for name, q, segments in cases()}
+  for name in ('three partitions, two heads', 'each video its own', 'empty partitions'):
+    q, (*history, own) = known[name]
+    yield name, q, (history, [own])
+
+
 def expected(q, segments):
-  """Float32 softmax over gathered rows."""
+  """Float32 softmax over gathered rows, and the log of its sum."""
   parts = [s for s in segments if isinstance(s, Blocks)]
   rest = [s for s in segments if isinstance(s, Segment)]
   tree = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
@@ -90,7 +98,7 @@ def expected(q, segments):
   # What does not count must not be heard: it is NaN.
   tree = [s if s.valid is None else s._replace(k=jnp.where(s.valid[..., None, None], s.k, 0))
           for s in tree]
-  return reference.attend(q.astype(jnp.float32), tree)
+  return reference.attend(q.astype(jnp.float32), tree, return_lse=True)
 
 
 # Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None
@@ -106,6 +114,7 @@ MUTATIONS = {
                                    'wrong values'),
     'mask one row late': ('column < table.high[video, number]',
                           'column <= table.high[video, number]', 'wrong values'),
+    'a logarithm in base 2': ('top * math.log(2)', 'top', 'wrong values'),
 }
 
 
@@ -127,16 +136,31 @@ def main(mutation: str) -> int:
   mutate(mutation)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   tiles = pallas_gpu.TileSpec(warpgroups=3, keys=64, stages=2)
+  attend = functools.partial(pallas.attend, tiles=tiles, interpret=interpret)
+
+  def run(q, segments, **options):
+    return jax.block_until_ready(jax.jit(functools.partial(attend, **options))(q, segments))
+
   for name, q, segments in cases():
-    run = jax.jit(functools.partial(pallas.attend, tiles=tiles, interpret=interpret))
-    out, wanted = (np.asarray(jax.block_until_ready(f(q, segments)), np.float32)
-                   for f in (run, expected))
-    error = np.abs(out - wanted)
-    print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
-    if not (error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3):
-      print('wrong values')
+    if not compare(name, run(q, segments), expected(q, segments)[0]):
       return 1
+  for name, q, parts in halves():
+    found = combine([run(q, segments, return_lse=True) for segments in parts])
+    wanted = expected(q, [segment for segments in parts for segment in segments])
+    for what, *pair in zip(('combined', 'log-sum-exp'), found, wanted, strict=True):
+      if not compare(f'{name}, {what}', *pair):
+        return 1
   return 0
+
+
+def compare(name: str, found: jax.Array, wanted: jax.Array) -> bool:
+  """Says how far off it is, and whether that is good enough."""
+  error = np.abs(np.asarray(found, np.float32) - np.asarray(wanted))
+  print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
+  good = error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3
+  if not good:
+    print('wrong values')
+  return bool(good)
 
 
 if __name__ == '__main__':

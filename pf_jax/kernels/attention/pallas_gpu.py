@@ -31,6 +31,7 @@ from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
 MASKED = -1e30
+SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
 # Registers of a thread that (computes, fetches). A multiprocessor has 65,536, which is 512 for each
 # of 128 places in a warpgroup; three warpgroups are launched with 168 each, 504 in all. A warpgroup
@@ -72,16 +73,17 @@ class TileSpec:
     """Of a program."""
     return self.warpgroups * ROWS
 
-  def shared_bytes(self, head_dim: int, rotations: int) -> int:
+  def shared_bytes(self, head_dim: int, rotations: int, return_lse: bool = False) -> int:
     """Shared memory of a program for so many attended blocks, without its barriers."""
     half, full = 2, 4
     queries = self.queries * (head_dim + 2 * COLUMNS) * half
     return (queries + 2 * self.stages * self.keys * head_dim * half
-            + 2 * rotations * COLUMNS * full)
+            + (2 * rotations * COLUMNS + self.queries * return_lse) * full)
 
 
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 head_dim: int, tiles: TileSpec = TileSpec(), interpret: Any = None) -> Array:
+                 head_dim: int, return_lse: bool = False, tiles: TileSpec = TileSpec(),
+                 interpret: Any = None) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
 
   Args:
@@ -92,33 +94,38 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     sin: [B, r, COLUMNS] float32; 0 there.
     pools: their batch may be smaller by a whole factor.
     head_dim: H, a multiple of `COLUMNS`.
+    return_lse: also return the log-sum-exp; a kernel without it does not compute it.
     tiles: sizes.
     interpret: parameters of Pallas' interpreter, on machines without the card.
 
   Returns:
-    [B, T, N * H] in q's dtype.
+    [B, T, N * H] in q's dtype; [B, N, T] float32, base e, or None.
 
   Raises:
     ValueError: more blocks than there is shared memory for.
   """
-  needed = tiles.shared_bytes(head_dim, cos.shape[1])
+  needed = tiles.shared_bytes(head_dim, cos.shape[1], return_lse)
   if needed > SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
                      f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
   batch, tokens, width = q.shape
   table = tile_table(pools, batch, tiles.keys)
   body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
-                           interpreted=interpret is not None)
+                           return_lse=return_lse, interpreted=interpret is not None)
   options = {} if interpret is None else dict(interpret=interpret)
-  return plgpu.kernel(
-      body, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-      scratch_types=_scratch(q.dtype, head_dim, cos.shape[1], tiles, interpret is not None),
+  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+  if return_lse:
+    out_type.append(jax.ShapeDtypeStruct((batch, width // head_dim, tokens), jnp.float32))
+  scratch = _scratch(q.dtype, head_dim, cos.shape[1], tiles, interpret is not None, return_lse)
+  out, *lse = plgpu.kernel(
+      body, out_type=out_type, scratch_types=scratch,
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
       num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       **options)(q, turned, cos, sin, *table, *(x for pool in pools for x in (pool.k, pool.v)))
+  return out, lse[0] if lse else None
 
 
 class _Scratch(NamedTuple):
@@ -131,6 +138,7 @@ class _Scratch(NamedTuple):
     k: [stages, keys, H].
     v: [stages, keys, H].
     p: [w, 64, keys], weights; for the interpreter, which multiplies from shared memory only.
+    lse: [w, 64] float32, or None.
     cos: [r, COLUMNS] float32.
     sin: [r, COLUMNS] float32.
     table_ready: cosines and sines arrived.
@@ -147,6 +155,7 @@ class _Scratch(NamedTuple):
   k: Any
   v: Any
   p: Any
+  lse: Any
   cos: Any
   sin: Any
   q_ready: Any
@@ -157,7 +166,8 @@ class _Scratch(NamedTuple):
   v_free: Any
 
 
-def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted: bool) -> _Scratch:
+def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted: bool,
+             return_lse: bool) -> _Scratch:
   # The product with v contracts keys: a tile must hold whole swizzled groups of them.
   def room(*shape: int, swizzle: int = 128):
     columns = swizzle // jnp.dtype(dtype).itemsize
@@ -170,6 +180,7 @@ def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted:
       turned=room(groups, ROWS, COLUMNS), k=room(stages, tiles.keys, head_dim),
       v=room(stages, tiles.keys, head_dim, swizzle=64 if tiles.keys % COLUMNS else 128),
       p=room(groups, ROWS, tiles.keys, swizzle=64) if interpreted else None,
+      lse=plgpu.SMEM((groups, ROWS), jnp.float32) if return_lse else None,
       cos=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
       sin=plgpu.SMEM((rotations, COLUMNS), jnp.float32),
       q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=groups),
@@ -179,19 +190,19 @@ def _scratch(dtype, head_dim: int, rotations: int, tiles: TileSpec, interpreted:
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
 
-def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, interpreted):
+def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, return_lse, interpreted):
   """What one program does; arguments are references to global memory, then to shared memory."""
   fields = len(TileTable._fields)
-  table, arrays, out = TileTable(*refs[:fields]), refs[fields:fields + 2 * pools], refs[
-      fields + 2 * pools]
-  scratch = _Scratch(*refs[fields + 2 * pools + 1:])
+  inputs = fields + 2 * pools
+  table, arrays = TileTable(*refs[:fields]), refs[fields:inputs]
+  outputs, scratch = refs[inputs:inputs + 1 + return_lse], _Scratch(*refs[inputs + 1 + return_lse:])
   group = lax.axis_index('warpgroup')
   computing, fetching = REGISTERS[tiles.warpgroups]
 
   @pl.when(group < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(computing, action='increase')
-    _compute((q, turned), table, out, scratch, head_dim, tiles, interpreted)
+    _compute((q, turned), table, outputs, scratch, head_dim, tiles, interpreted)
 
   @pl.when(group == tiles.warpgroups)
   def _():
@@ -202,9 +213,9 @@ def _program(q, turned, cos, sin, *refs, pools, head_dim, tiles, interpreted):
     _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, head_dim, tiles)
 
 
-def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
+def _compute(queries, table, outputs, scratch, head_dim, tiles, interpreted):
   """One warpgroup: its 64 queries against all tiles."""
-  q, turned = queries
+  (q, turned), (out, *lse) = queries, outputs
   group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
   rows = pl.ds((lax.axis_index('tile') * tiles.warpgroups + group) * ROWS, ROWS)
   whole = pl.ds(head * head_dim, head_dim)
@@ -253,10 +264,25 @@ def _compute(queries, table, out, scratch, head_dim, tiles, interpreted):
            jnp.zeros((ROWS,), jnp.float32))
   plain, count = table.plain[video], table.total[video]
   carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
-  acc, _, total = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
-  q_s[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(q_s.dtype)
+  carry = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
+  places = [(q_s, out.at[video, rows, whole])]
+  if lse:
+    places.append((scratch.lse.at[group], lse[0].at[video, head, rows]))
+  _write(carry, *places)
+
+
+def _write(carry, place, lse_place=None):
+  """What the loops leave, by way of shared memory; places are pairs (shared, global)."""
+  acc, top, total = carry
+  if lse_place is not None:
+    total = jnp.maximum(total, SMALLEST)
+    lse_place[0][...] = top * math.log(2) + jnp.log(total)
+  shared = place[0]
+  shared[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(shared.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(q_s, out.at[video, rows, whole])
+  for pair in (place, lse_place):
+    if pair is not None:
+      plgpu.copy_smem_to_gmem(*pair)
   plgpu.wait_smem_to_gmem(0)
 
 
