@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 
   Attributes:
     values: [..., T, N, H].
-    scale: [..., 1, N, 1] float32; 0 where all values are 0.
+    scale: [..., 1, N, 1] float32, positive.
   """
 
   values: Array
@@ -64,9 +64,10 @@ def quantize(x: Array, dtype: str) -> Quantized:
   """
   x = x.astype(jnp.float32)
   limit = largest(dtype)
-  scale = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True) / limit
+  highest = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True)
+  scale = jnp.where(highest > 0, highest / limit, 1)
   # Division may end a little above the limit, where float8 has only NaN.
-  values = jnp.clip(x / jnp.where(scale > 0, scale, 1), -limit, limit)
+  values = jnp.clip(x / scale, -limit, limit)
   if _is_integer(dtype):
     values = jnp.round(values)
   return Quantized(values.astype(dtype), scale)

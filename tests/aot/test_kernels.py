@@ -13,7 +13,7 @@ from launch.build import build
 from pf_jax.aot import ptxas
 from pf_jax.aot.compile import compile_for
 from pf_jax.aot.targets import TARGETS
-from pf_jax.kernels.attention import pallas, pallas_gpu
+from pf_jax.kernels.attention import attend, pallas, pallas_gpu
 from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.pipeline import rollout_spec
@@ -37,16 +37,26 @@ def compiled(function, arguments, **options):
   return report, kernels
 
 
+@pytest.mark.parametrize('return_lse', [False, True])
 @pytest.mark.parametrize('tiles', [pallas_gpu.TileSpec(), pallas_gpu.TileSpec(2, 128, 2)])
-def test_attention_reads_the_cache_where_it_lies(tiles):
+def test_attention_reads_the_cache_where_it_lies(tiles, return_lse):
   q, segments = at_full_size()
-  report, kernels = compiled(functools.partial(pallas.attend, tiles=tiles), (q, segments))
+  report, kernels = compiled(
+      functools.partial(pallas.attend, tiles=tiles, return_lse=return_lse), (q, segments))
   assert len(kernels) == 1
   assert (kernels[0].spill_store_bytes, kernels[0].spill_load_bytes) == (0, 0)
   # Queries a quarter turn further take half of theirs; gathered and moved, the history's keys and
   # values would take 133 MB.
   assert report.scratch_bytes < 0.6 * tree_bytes(q)
   assert '__cudnn' not in report.executable.as_text()
+
+
+def test_cudnn_hands_out_its_log_sum_exp():
+  q, segments = at_full_size()
+  report, _ = compiled(functools.partial(attend, implementation='cudnn', return_lse=True),
+                       (q, segments))
+  assert '__cudnn$fmhaSoftmax' in report.executable.as_text()
+  assert report.output_bytes >= tree_bytes(q) + 4 * 6240 * 12
 
 
 def test_no_layer_s_cache_is_copied():

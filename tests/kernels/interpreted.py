@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pf_jax.kernels.attention import pallas, pallas_gpu, reference
+from pf_jax.kernels.attention import combine, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import Blocks, Segment, assemble
+from pf_jax.kernels.quantization import quantize
 
 HEAD = 128
 
@@ -52,6 +53,11 @@ def inside(blocks, number):
   return blocks._replace(k=k, v=v, layer=jnp.int32(number))
 
 
+def in_8_bits(blocks, dtype):
+  """The same stored so; scales of blocks that nobody attends are NaN in keys."""
+  return blocks._replace(k=quantize(blocks.k, dtype), v=quantize(blocks.v, dtype))
+
+
 def cases():
   """Name -> queries and what they attend."""
   rng = np.random.default_rng(0)
@@ -79,10 +85,23 @@ def cases():
   yield 'two noisy versions share a history', q(2, 64), [sink(1), own(2, 64)]
   stacked = [inside(s, 1) for s in (sink(2), mid(2))]
   yield 'the second of three layers', q(2, 64), [*stacked, own(2, 64)]
+  yield 'int8, two heads', q(1, 200, 2), [in_8_bits(x, 'int8') for x in (
+      sink(heads=2), mid(heads=2, valid=((1, 0, 1),)))] + [own(1, 200, 2)]
+  yield 'float8, each video its own, the second of three layers', q(2, 64), [
+      in_8_bits(x, 'float8_e4m3fn') for x in (inside(sink(2, valid=((0, 1),)), 1), inside(mid(
+          2, attended=((6, 1, 3), (0, 2, 7)), valid=((1, 1, 0), (1, 1, 1))), 1))] + [own(2, 64)]
+
+
+def halves():
+  """Name -> queries, and what they attend in two parts that are computed apart."""
+  known = {name: (q, segments) for name, q, segments in cases()}
+  for name in ('three partitions, two heads', 'each video its own', 'empty partitions'):
+    q, (*history, own) = known[name]
+    yield name, q, (history, [own])
 
 
 def expected(q, segments):
-  """Float32 softmax over gathered rows."""
+  """Float32 softmax over gathered rows, and the log of its sum."""
   parts = [s for s in segments if isinstance(s, Blocks)]
   rest = [s for s in segments if isinstance(s, Segment)]
   tree = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
@@ -90,7 +109,7 @@ def expected(q, segments):
   # What does not count must not be heard: it is NaN.
   tree = [s if s.valid is None else s._replace(k=jnp.where(s.valid[..., None, None], s.k, 0))
           for s in tree]
-  return reference.attend(q.astype(jnp.float32), tree)
+  return reference.attend(q.astype(jnp.float32), tree, return_lse=True)
 
 
 # Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None
@@ -102,10 +121,16 @@ MUTATIONS = {
     'no wait for free room': ('plgpu.barrier_wait(free.at[stage])\n\n      for',
                               'pass\n\n      for', 'race'),
     'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,', None),
-    'rotation of the last block': ('turn_queries(turn)', 'turn_queries(jnp.maximum(turn - 1, 0))',
+    'rotation of the last block': ('group, turn)', 'group, jnp.maximum(turn - 1, 0))',
                                    'wrong values'),
+    'no wait for what is stored': ('plgpu.barrier_wait(stored_ready)', 'pass',
+                                   'phase|race|wrong values'),
+    'the scale of the next block': ('slot = table.slot[video, number]',
+                                    'slot = table.slot[video, number + 1]', 'wrong values'),
+    'the keys\' scale on values': ('weights * v_scale', 'weights * k_scale', 'wrong values'),
     'mask one row late': ('column < table.high[video, number]',
                           'column <= table.high[video, number]', 'wrong values'),
+    'a logarithm in base 2': ('top * math.log(2)', 'top', 'wrong values'),
 }
 
 
@@ -127,16 +152,31 @@ def main(mutation: str) -> int:
   mutate(mutation)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   tiles = pallas_gpu.TileSpec(warpgroups=3, keys=64, stages=2)
+  attend = functools.partial(pallas.attend, tiles=tiles, interpret=interpret)
+
+  def run(q, segments, **options):
+    return jax.block_until_ready(jax.jit(functools.partial(attend, **options))(q, segments))
+
   for name, q, segments in cases():
-    run = jax.jit(functools.partial(pallas.attend, tiles=tiles, interpret=interpret))
-    out, wanted = (np.asarray(jax.block_until_ready(f(q, segments)), np.float32)
-                   for f in (run, expected))
-    error = np.abs(out - wanted)
-    print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
-    if not (error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3):
-      print('wrong values')
+    if not compare(name, run(q, segments), expected(q, segments)[0]):
       return 1
+  for name, q, parts in halves():
+    found = combine([run(q, segments, return_lse=True) for segments in parts])
+    wanted = expected(q, [segment for segments in parts for segment in segments])
+    for what, *pair in zip(('combined', 'log-sum-exp'), found, wanted, strict=True):
+      if not compare(f'{name}, {what}', *pair):
+        return 1
   return 0
+
+
+def compare(name: str, found: jax.Array, wanted: jax.Array) -> bool:
+  """Says how far off it is, and whether that is good enough."""
+  error = np.abs(np.asarray(found, np.float32) - np.asarray(wanted))
+  print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
+  good = error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3
+  if not good:
+    print('wrong values')
+  return bool(good)
 
 
 if __name__ == '__main__':

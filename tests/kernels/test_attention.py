@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from pf_jax.kernels.attention import Blocks, Segment, attend, cudnn, reference
+from pf_jax.kernels.attention import Blocks, Segment, attend, combine, cudnn, reference
 
 HEADS, SIZE = 2, 8
 
@@ -51,6 +51,59 @@ def test_the_row_for_cudnn_means_the_same(case, without_the_card):
   q, segments = draw(0, 2, 4), CASES[case]()
   np.testing.assert_allclose(cudnn.attend(q, segments), reference.attend(q, segments), rtol=1e-5,
                              atol=1e-6)
+
+
+HALVES = {
+    'two segments': lambda: ([segment(1, 2, 5)], [segment(3, 2, 3)]),
+    'holes': lambda: ([segment(1, 2, 5, HOLES), segment(3, 2, 3)], [segment(5, 2, 2)]),
+    'shared': lambda: ([segment(1, 1, 5, HOLES[:1])], [segment(3, 2, 3)]),
+}
+
+
+@pytest.mark.parametrize(('backend', 'parts_of_queries'), [
+    (reference, False), (reference, True), (cudnn, False)])
+@pytest.mark.parametrize('case', HALVES)
+def test_halves_are_combined_to_the_whole(case, backend, parts_of_queries, without_the_card,
+                                          monkeypatch):
+  """Values and gradients, also of the log-sum-exp itself."""
+  q, halves = draw(0, 2, 7), HALVES[case]()
+
+  def loss(function):
+    def of(q, halves):
+      out, lse = function(q, halves)
+      return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse)
+    return of
+
+  def whole(q, halves):
+    return reference.attend(q, [*halves[0], *halves[1]], return_lse=True)
+
+  def combined(q, halves):
+    return combine([backend.attend(q, half, return_lse=True) for half in halves])
+
+  wanted = jax.grad(loss(whole), (0, 1), has_aux=True, allow_int=True)(q, halves)
+  if parts_of_queries:
+    monkeypatch.setattr(reference, 'LOGITS_BYTES', 300)
+  got = jax.grad(loss(combined), (0, 1), has_aux=True, allow_int=True)(q, halves)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    if a.dtype == jnp.float32:
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_log_sum_exp_by_hand():
+  """Two keys with logits 3 and 5 of one query; a scale of a half."""
+  q, k = jnp.array([[[[2.0, 0, 0, 0]]]]), jnp.array([[[[3.0, 0, 0, 0]], [[5.0, 0, 0, 0]]]])
+  _, lse = attend(q, [Segment(k, k)], return_lse=True)
+  assert lse.shape == (1, 1, 1)
+  np.testing.assert_allclose(lse, np.log(np.exp(3) + np.exp(5)), rtol=1e-6)
+
+
+def test_a_part_without_tokens_adds_nothing():
+  q, own = draw(0, 2, 4), segment(3, 2, 3)
+  nothing = segment(1, 2, 5, np.zeros((2, 5)))
+  parts = [attend(q, [part], return_lse=True) for part in (nothing, own)]
+  assert float(jnp.abs(parts[0][0]).max()) == 0.0
+  for got, wanted in zip(combine(parts), parts[1], strict=True):
+    np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -108,7 +161,7 @@ def test_chosen_for_cards_in_half_precision_only(monkeypatch):
   calls = []
   for name in ('reference', 'cudnn'):
     monkeypatch.setattr(attend.__globals__['BACKENDS'][name], 'attend',
-                        lambda q, segments, name=name: calls.append(name))
+                        lambda q, segments, name=name, **options: calls.append(name))
   card = AbstractMesh((1,), ('x',), (AxisType.Auto,), abstract_device=AbstractDevice(
       device_kind='some card', num_cores=1, platform='cuda'))
   half = draw(0, 1, 4, jnp.bfloat16)
@@ -121,7 +174,9 @@ def test_chosen_for_cards_in_half_precision_only(monkeypatch):
     attend(half, [blocks, blocks, Segment(half, half)])
     valid = jnp.ones((1, 4), bool)
     attend(half, [Segment(half, half, valid), Segment(half, half, valid)])
-  assert calls == ['reference', 'cudnn', 'reference', 'reference', 'cudnn', 'reference']
+    attend(half, [Segment(half, half)], return_lse=True)  # cuDNN's is rounded
+  assert calls == ['reference', 'cudnn', 'reference', 'reference', 'cudnn', 'reference',
+                   'reference']
 
 
 def test_refuses_blocks_that_contradict_themselves():

@@ -14,23 +14,27 @@ import pytest
 from jax.sharding import use_abstract_mesh
 
 from pf_jax.kernels import rope
-from pf_jax.kernels.attention import Blocks, Segment, attend, pallas, pallas_gpu
+from pf_jax.kernels.attention import Blocks, Segment, attend, combine, pallas, pallas_gpu
 from pf_jax.kernels.attention.tiles import tile_table
 from pf_jax.kernels.context import assemble
+from pf_jax.kernels.quantization import Quantized
 from tests.kernels import interpreted
 from tests.kernels.test_platform import CARD
 
 VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
 needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
 CASES = {name: (q, segments) for name, q, segments in interpreted.cases()}
+HALVES = {name: (q, parts) for name, q, parts in interpreted.halves()}
 
 
-def slow_kernel(q, turned, cos, sin, pools, *, head_dim, tiles, interpret):
+def slow_kernel(q, turned, cos, sin, pools, *, scales, head_dim, tiles, interpret,
+                return_lse=False):
   """What `pallas_gpu.attend_pools` is to compute, tile by tile in float32."""
   del interpret
   batch, _, width = q.shape
-  table = tile_table(pools, batch, tiles.keys)
+  table = tile_table(pools, batch, (tiles or pallas_gpu.TileSpec()).keys)
   out = np.zeros(q.shape, np.float32)
+  lse = np.full((batch, width // head_dim, q.shape[1]), -1e30, np.float32)
   columns = cos.shape[-1]
   for video in range(batch):
     for head in range(width // head_dim):
@@ -46,12 +50,17 @@ def slow_kernel(q, turned, cos, sin, pools, *, head_dim, tiles, interpret):
         rows = slice(begin + int(table.low[video, i]), begin + int(table.high[video, i]))
         k, v = (np.array(x[int(table.video[video, i]), rows,
                            head * head_dim:(head + 1) * head_dim], np.float32)
-                for x in (pool.k, pool.v))
+                * (scale[video, table.slot[video, i], head] if pool.quantized else 1)
+                for x, scale in zip((pool.k, pool.v), scales, strict=True))
         logits.append(queries @ k.T)
         values.append(v)
-      weights = np.array(jax.nn.softmax(np.concatenate(logits, axis=1) / head_dim**0.5, axis=-1))
+      if not logits:
+        continue
+      scaled = np.concatenate(logits, axis=1) / head_dim**0.5
+      lse[video, head] = jax.nn.logsumexp(scaled, axis=-1)
+      weights = np.exp(scaled - lse[video, head, :, None])
       out[video, :, head * head_dim:(head + 1) * head_dim] = weights @ np.concatenate(values)
-  return jnp.asarray(out, q.dtype)
+  return jnp.asarray(out, q.dtype), jnp.asarray(lse) if return_lse else None
 
 
 @pytest.fixture
@@ -63,9 +72,19 @@ def without_the_card(monkeypatch):
 def test_the_kernel_is_asked_for_the_right_thing(case, without_the_card):
   q, segments = CASES[case]
   out = attend(q, segments, implementation='pallas')
-  wanted = interpreted.expected(q, segments)
+  wanted, _ = interpreted.expected(q, segments)
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=8e-3)
+
+
+@pytest.mark.parametrize('case', HALVES)
+def test_halves_are_combined_to_the_whole(case, without_the_card):
+  q, parts = HALVES[case]
+  found = combine([attend(q, part, implementation='pallas', return_lse=True) for part in parts])
+  wanted = interpreted.expected(q, [segment for part in parts for segment in part])
+  assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32]
+  for ours, theirs in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=8e-3)
 
 
 def test_turning_queries_is_moving_keys():
@@ -84,14 +103,16 @@ def test_turning_queries_is_moving_keys():
   assert sin[0, 0, 2 * pairs:].tolist() == [0.0] * (64 - 2 * pairs)
 
 
-def test_the_gradient_is_the_library_s(without_the_card):
+@pytest.mark.parametrize('return_lse', [False, True])
+def test_the_gradient_is_the_library_s(return_lse, without_the_card):
   q, segments = CASES['each video its own']
   # Where nothing counts there is NaN, which no library may be asked to differentiate.
   segments = jax.tree.map(lambda x: jnp.nan_to_num(x) if x.dtype == jnp.bfloat16 else x, segments)
 
   def loss(q, segments, implementation):
-    out = attend(q, segments, implementation=implementation)
-    return jnp.sum(out.astype(jnp.float32) * jnp.arange(out.shape[-1]))
+    options = {'implementation': implementation, 'return_lse': return_lse}
+    out, *lse = jax.tree.leaves(attend(q, segments, **options))
+    return 3 * sum(map(jnp.sum, lse)) + jnp.sum(out.astype(jnp.float32) * jnp.arange(out.shape[-1]))
 
   gradients = [jax.grad(functools.partial(loss, implementation=name), allow_int=True,
                         argnums=(0, 1))(q, segments) for name in ('pallas', 'reference')]
@@ -109,7 +130,8 @@ def test_refuses_what_the_kernel_cannot_read():
       attend(q, segments, implementation='pallas')
   for wrong, message in ((dict(warpgroups=4), 'warpgroups=4 must be 2 or 3'),
                          (dict(keys=40), 'keys=40 must be a multiple of 32'),
-                         (dict(stages=1), 'stages=1 must be at least 2')):
+                         (dict(stages=1), 'stages=1 must be at least 2'),
+                         (dict(stored_stages=1), 'stored_stages=1 must be at least 2')):
     with pytest.raises(ValueError, match=message):
       pallas_gpu.TileSpec(**wrong)
 
@@ -122,13 +144,16 @@ def test_registers_are_there_for_all():
     assert 128 * (computing * registers + fetching) <= launched * threads
 
 
-def at_full_size():
+def at_full_size(storage='full'):
   """Shapes of the 1.3B's attention at 832x480, 120 s."""
   def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
   def blocks(number, rows, attended):
     pair = (shape(1, number, rows, 12, 128),) * 2
+    if storage != 'full':
+      pair = (Quantized(shape(*pair[0].shape, dtype=storage),
+                        shape(1, number, 1, 12, 1, dtype=jnp.float32)),) * 2
     slots = (shape(1, attended, dtype=dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32))
     return Blocks(*pair, *slots)
 
@@ -136,9 +161,9 @@ def at_full_size():
   return own, [blocks(2, 6240, 2), blocks(128, 182, 16), blocks(1, 6240, 1), Segment(own, own)]
 
 
-def lower(tiles: pallas_gpu.TileSpec):
-  q, segments = at_full_size()
-  attention = jax.jit(functools.partial(pallas.attend, tiles=tiles))
+def lower(tiles: pallas_gpu.TileSpec | None, storage='full', **options):
+  q, segments = at_full_size(storage)
+  attention = jax.jit(functools.partial(pallas.attend, tiles=tiles, **options))
   with use_abstract_mesh(CARD):
     return attention.trace(q, segments).lower(lowering_platforms=('cuda',))
 
@@ -148,6 +173,14 @@ def test_lowers_for_a_card_that_is_not_there(tiles):
   """Checks layouts, shapes of products, divisibility of copies and shared memory."""
   lowered = lower(tiles)
   assert lowered.as_text().count('mosaic_gpu') >= 1
+  assert lower(tiles, return_lse=True).out_info[1].shape == (1, 6240, 12)
+
+
+@pytest.mark.parametrize('storage', ['int8', 'float8_e4m3fn'])
+def test_lowers_with_blocks_in_8_bits(storage):
+  lower(None, storage)
+  with pytest.raises(ValueError, match='239616 bytes of shared memory, of 231424'):
+    lower(pallas_gpu.TileSpec(), storage)
 
 
 def test_too_large_tiles_do_not_lower():
@@ -159,6 +192,7 @@ def test_counts_shared_memory(monkeypatch):
   """What is just allowed lowers; the compiler itself refuses what is more."""
   one = pallas_gpu.TileSpec(3, 64, 4)
   assert one.shared_bytes(128, 20) == 192 * 256 * 2 + 2 * 4 * 64 * 128 * 2 + 2 * 20 * 64 * 4
+  assert one.shared_bytes(128, 20, return_lse=True) - one.shared_bytes(128, 20) == 192 * 4
   monkeypatch.setattr(pallas_gpu, 'SHARED_BYTES', 10**9)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
     lower(one)
@@ -187,7 +221,7 @@ def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
 def test_equals_float32_in_the_interpreter_without_races():
   status, said = interpret('', 500)
   assert status == 0, said
-  assert said.count('at most') == len(CASES)
+  assert said.count('at most') == len(CASES) + 2 * len(HALVES)
 
 
 @needs_interpreter

@@ -1,7 +1,10 @@
 """Attention over segments and over blocks of a cache: the public entry that picks a backend."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
+
+import jax.numpy as jnp
 
 from pf_jax.kernels.attention import cudnn, pallas, partition, reference
 from pf_jax.kernels.context import Blocks, Segment, ready_made
@@ -11,8 +14,18 @@ from pf_jax.types import Array
 BACKENDS: dict[str, Any] = {'reference': reference, 'cudnn': cudnn, 'pallas': pallas}
 
 
-def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: str | None = None
-           ) -> Array:
+@overload
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: str | None = ...,
+           return_lse: Literal[False] = ...) -> Array: ...
+
+
+@overload
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: str | None = ...,
+           return_lse: Literal[True]) -> tuple[Array, Array]: ...
+
+
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: str | None = None,
+           return_lse: bool = False) -> Array | tuple[Array, Array]:
   """One softmax over the tokens of all segments and blocks.
 
   A segment's batch may be smaller than the query's by a whole factor g: queries
@@ -25,9 +38,14 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     implementation: 'reference' (XLA), 'cudnn' (NVIDIA cards, half precision), 'pallas' (Hopper
       cards, half precision; reads blocks where they lie), or None: cudnn where it fits, else
       reference. All but pallas are handed one assembled segment in place of all blocks.
+    return_lse: also return the logarithm of the sum of exponentials of the scaled logits, by which
+      attentions over separate parts are combined (`combine`). cuDNN's is rounded to half precision
+      by JAX, too coarse to combine much by; so None is the reference here.
 
   Returns:
-    [B, T, N, H] in q's dtype. At least one token must be valid for every query.
+    [B, T, N, H] in q's dtype; with `return_lse` also [B, T, N] float32, base e. At least one token
+    must be valid for every query; with `return_lse` and any backend but cudnn a query without one
+    is 0, and its sum next to none: some -1e30.
 
   Raises:
     ValueError: an implementation that is unknown or does not fit, a segment whose shape does not
@@ -44,13 +62,30 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     segments = ready_made(segments, q.dtype)
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.
-    fits = target_platform() == 'cuda' and cudnn.supports(q, segments)
+    fits = target_platform() == 'cuda' and cudnn.supports(q, segments) and not return_lse
     implementation = 'cudnn' if fits else 'reference'
   backend = BACKENDS[implementation]
   if not backend.supports(q, segments):
     raise ValueError(f'{implementation} takes {backend.LIMITS}, got queries '
                      f"{q.dtype}{list(q.shape)}; use 'reference' or None.")
-  return partition.over_batch(backend.attend, q, segments)
+  function = functools.partial(backend.attend, return_lse=True) if return_lse else backend.attend
+  return partition.over_batch(function, q, segments)
+
+
+def combine(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+  """Attention over all of several parts, from what `attend` returned for each of them.
+
+  Args:
+    parts: (out [B, T, N, H], lse [B, T, N]) of the same queries.
+
+  Returns:
+    The same of one attention over all parts' tokens.
+  """
+  outs, sums = zip(*parts, strict=True)
+  lse = functools.reduce(jnp.logaddexp, sums)
+  weighted = [out.astype(jnp.float32) * jnp.exp(part - lse)[..., None]
+              for out, part in zip(outs, sums, strict=True)]
+  return functools.reduce(jnp.add, weighted).astype(outs[0].dtype), lse
 
 
 def _rows(segment: Segment | Blocks) -> int:

@@ -5,12 +5,15 @@ and the one with empty slots comes last, its valid tokens in front. XLA writes t
 out of whatever the segments were computed from.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pf_jax.types import Array
+from pf_jax.kernels.attention import reference
+from pf_jax.types import Array, PyTree
 
 LIMITS = ('bfloat16 or float16, heads of up to 128 in multiples of 8, and one segment with empty '
           'slots at most')
@@ -24,11 +27,33 @@ def supports(q: Array, segments: Sequence) -> bool:
           and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and partly_empty <= 1)
 
 
-def attend(q: Array, segments: Sequence) -> Array:
+def attend(q: Array, segments: Sequence, *, return_lse: bool = False) -> Any:
   """See `pf_jax.kernels.attention.api.attend`.
 
   What an empty slot holds must be finite: its weight is zero, but it is multiplied all the same.
   """
+  return _attend_with_lse(q, list(segments)) if return_lse else _attend(q, segments)
+
+
+@jax.custom_vjp
+def _attend_with_lse(q: Array, segments: list) -> tuple[Array, Array]:
+  """The gradient is the reference's: JAX's own takes the sum for a constant."""
+  out, lse = _attend(q, segments, return_residual=True)
+  return out, lse.astype(jnp.float32)
+
+
+def _forward(q: Array, segments: list) -> tuple[tuple[Array, Array], PyTree]:
+  return _attend_with_lse(q, segments), (q, segments)
+
+
+def _backward(saved: PyTree, gradients: tuple[Array, Array]) -> PyTree:
+  return jax.vjp(functools.partial(reference.attend, return_lse=True), *saved)[1](gradients)
+
+
+_attend_with_lse.defvjp(_forward, _backward)
+
+
+def _attend(q: Array, segments: Sequence, **options: Any) -> Any:
   *full, last = sorted(segments, key=lambda segment: segment.valid is not None)
   lengths = None
   if last.valid is not None:
@@ -38,7 +63,7 @@ def attend(q: Array, segments: Sequence) -> Array:
   k, v = (jnp.concatenate([_share(q, part) for part in parts], axis=1)
           for parts in zip(*((segment.k, segment.v) for segment in (*full, last)), strict=True))
   return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths,
-                                      implementation='cudnn')
+                                      implementation='cudnn', **options)
 
 
 def _share(q: Array, x: Array) -> Array:

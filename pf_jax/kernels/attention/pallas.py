@@ -37,21 +37,23 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
           and q.shape[-1] in (COLUMNS, 2 * COLUMNS) and all(map(fits, segments)))
 
 
-def attend(q: Array, segments: Sequence[Segment | Blocks], *, tiles: Any = None,
-           interpret: Any = None) -> Array:
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, return_lse: bool = False,
+           tiles: Any = None, interpret: Any = None) -> Any:
   """See `pf_jax.kernels.attention.api.attend`.
 
   Args:
     q: [B, T, N, H].
     segments: what is attended.
+    return_lse: likewise.
     tiles: `pallas_gpu.TileSpec`; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
-  return _attend(q, tuple(segments), tiles, interpret)
+  return _attend(q, tuple(segments), return_lse, tiles, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(q: Array, segments: tuple[Segment | Blocks, ...], tiles: Any, interpret: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _attend(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool, tiles: Any,
+            interpret: Any) -> Any:
   from pf_jax.kernels.attention import pallas_gpu  # imports much that only cards need
 
   batch, tokens, heads, head_dim = q.shape
@@ -66,10 +68,12 @@ def _attend(q: Array, segments: tuple[Segment | Blocks, ...], tiles: Any, interp
   rows = _aligned(q)
   pairs = rows[..., :COLUMNS].reshape(*rows.shape[:3], COLUMNS // 2, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
-  out = pallas_gpu.attend_pools(
+  out, lse = pallas_gpu.attend_pools(
       rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * COLUMNS), cos,
-      sin, pools, scales=scales, head_dim=head_dim, tiles=tiles, interpret=interpret)
-  return out[:, :tokens].reshape(q.shape)
+      sin, pools, scales=scales, head_dim=head_dim, return_lse=return_lse, tiles=tiles,
+      interpret=interpret)
+  out = out[:, :tokens].reshape(q.shape)
+  return out if lse is None else (out, jnp.swapaxes(lse[:, :, :tokens], 1, 2))
 
 
 def _aligned(x: Array) -> Array:
@@ -129,21 +133,24 @@ def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def _library(q: Array, segments: tuple[Segment | Blocks, ...]) -> Array:
+def _library(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool) -> Any:
   """The same by a library that has a gradient."""
   packed = ready_made(segments, q.dtype)
+  if return_lse:
+    return reference.attend(q, packed, return_lse=True)
   fits = target_platform() == 'cuda' and cudnn.supports(q, packed)
   return (cudnn if fits else reference).attend(q, packed)
 
 
-def _forward(q: Array, segments: tuple[Segment | Blocks, ...], tiles: Any, interpret: Any
-             ) -> tuple[Array, PyTree]:
-  return _attend(q, segments, tiles, interpret), (q, segments)
+def _forward(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool, tiles: Any,
+             interpret: Any) -> tuple[Any, PyTree]:
+  return _attend(q, segments, return_lse, tiles, interpret), (q, segments)
 
 
-def _backward(tiles: Any, interpret: Any, saved: PyTree, gradient: Array) -> PyTree:
+def _backward(return_lse: bool, tiles: Any, interpret: Any, saved: PyTree, gradient: Any
+              ) -> PyTree:
   del tiles, interpret
-  return jax.vjp(_library, *saved)[1](gradient)
+  return jax.vjp(functools.partial(_library, return_lse=return_lse), *saved)[1](gradient)
 
 
 _attend.defvjp(_forward, _backward)

@@ -10,9 +10,11 @@ no key is gathered, rotated or copied, and stored keys stay as they were rounded
 
 A program computes 64 queries of one head for each of its warpgroups. One more warpgroup fetches
 tiles of keys and values by TMA into a ring of buffers; the others multiply and keep a running
-maximum and sum in base 2. Blocks stored in 8 bits are fetched as they are, and made half precision
-by the fetching warpgroup, which loses nothing; their scales multiply logits and weights. A table says which tiles (`tiles.tile_table`): first those without a mask
+maximum and sum in base 2. A table says which tiles (`tiles.tile_table`): first those without a mask
 and then the rest, none for what does not count.
+
+Blocks stored in 8 bits are fetched as they are. The fetching warpgroup makes them half precision,
+which loses nothing; their scales multiply logits and weights.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from pf_jax.types import Array
 ROWS = 64  # of queries that a warpgroup multiplies at once
 MASKED = -1e30
 WIDENED = 2048  # numbers that a warpgroup makes half precision at once
+SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
 # Registers of a thread that (computes, fetches). A multiprocessor has 65,536, which is 512 for each
 # of 128 places in a warpgroup; three warpgroups are launched with 168 each, 504 in all. A warpgroup
@@ -83,18 +86,20 @@ class TileSpec:
     """Bytes; the product with v contracts keys, of which a tile holds whole swizzled groups."""
     return 64 if self.keys % COLUMNS else 128
 
-  def shared_bytes(self, head_dim: int, slots: int, quantized: bool = False) -> int:
+  def shared_bytes(self, head_dim: int, slots: int, *, quantized: bool = False,
+                   return_lse: bool = False) -> int:
     """Shared memory of a program for so many attended blocks, without its barriers."""
     half, full = 2, 4
     queries = self.queries * (head_dim + 2 * COLUMNS) * half
     stored = quantized * 2 * self.stored_stages * self.keys * head_dim
     return (queries + 2 * self.stages * self.keys * head_dim * half + stored
-            + 2 * slots * COLUMNS * full)
+            + (2 * slots * COLUMNS + self.queries * return_lse) * full)
 
 
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 scales: Sequence[Array], head_dim: int, tiles: TileSpec | None = None,
-                 interpret: Any = None) -> Array:
+                 scales: Sequence[Array], head_dim: int, return_lse: bool = False,
+                 tiles: TileSpec | None = None, interpret: Any = None
+                 ) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
 
   Args:
@@ -106,37 +111,61 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     pools: their batch may be smaller by a whole factor.
     scales: of keys and of values, each [B, r, N] float32; read where a pool has 8 bits.
     head_dim: H, a multiple of `COLUMNS`.
+    return_lse: also return the log-sum-exp; a kernel without it does not compute it.
     tiles: sizes; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
 
   Returns:
-    [B, T, N * H] in q's dtype.
+    [B, T, N * H] in q's dtype; [B, N, T] float32, base e, or None.
 
   Raises:
     ValueError: more blocks than there is shared memory for.
   """
-  quantized = any(pool.quantized for pool in pools)
+  stored = next((pool.k.dtype for pool in pools if pool.quantized), None)
   if tiles is None:  # what waits in 8 bits takes the place of a stage
-    tiles = TileSpec(stages=2) if quantized else TileSpec()
-  needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized)
+    tiles = TileSpec() if stored is None else TileSpec(stages=2)
+  kernel = _Kernel(q.dtype, stored, head_dim, tiles, return_lse, interpret is not None)
+  needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized=stored is not None,
+                              return_lse=return_lse)
   if needed > SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
                      f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
   batch, tokens, width = q.shape
-  table = tile_table(pools, batch, tiles.keys)
-  body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
-                           interpreted=interpret is not None)
+  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+  if return_lse:
+    out_type.append(jax.ShapeDtypeStruct((batch, width // head_dim, tokens), jnp.float32))
   options = {} if interpret is None else dict(interpret=interpret)
-  return plgpu.kernel(
-      body, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-      scratch_types=_scratch(q.dtype, pools, head_dim, cos.shape[1], tiles, interpret is not None),
+  out, *lse = plgpu.kernel(
+      functools.partial(_program, pools=len(pools), kernel=kernel),
+      out_type=out_type, scratch_types=_scratch(kernel, cos.shape[1]),
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
       num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **options)(q, turned, cos, sin, *scales, *table,
+      **options)(q, turned, cos, sin, *scales, *tile_table(pools, batch, tiles.keys),
                  *(x for pool in pools for x in (pool.k, pool.v)))
+  return out, lse[0] if lse else None
+
+
+class _Kernel(NamedTuple):
+  """What a program is compiled for.
+
+  Attributes:
+    dtype: of queries and products.
+    stored: dtype of the pools in 8 bits, None if there are none.
+    head_dim: H.
+    tiles: sizes.
+    return_lse: also write the log-sum-exp.
+    interpreted: by Pallas' interpreter.
+  """
+
+  dtype: Any
+  stored: Any
+  head_dim: int
+  tiles: TileSpec
+  return_lse: bool
+  interpreted: bool
 
 
 class _Scratch(NamedTuple):
@@ -151,6 +180,7 @@ class _Scratch(NamedTuple):
     stored_k: [stored_stages, keys, H], keys in 8 bits; None where there are none. Likewise
       stored_v.
     p: [w, 64, keys], weights; for the interpreter, which multiplies from shared memory only.
+    lse: [w, 64] float32, or None.
     cos: [r, COLUMNS] float32.
     sin: [r, COLUMNS] float32.
     table_ready: cosines and sines arrived.
@@ -170,6 +200,7 @@ class _Scratch(NamedTuple):
   stored_k: Any
   stored_v: Any
   p: Any
+  lse: Any
   cos: Any
   sin: Any
   q_ready: Any
@@ -182,113 +213,103 @@ class _Scratch(NamedTuple):
   v_free: Any
 
 
-def _scratch(dtype, pools: Sequence[Pool], head_dim: int, slots: int, tiles: TileSpec,
-             interpreted: bool) -> _Scratch:
+def _scratch(kernel: _Kernel, slots: int) -> _Scratch:
   def room(*shape: int, swizzle: int = 128):
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(
+    columns = swizzle // jnp.dtype(kernel.dtype).itemsize
+    return plgpu.SMEM(shape, kernel.dtype, transforms=(
         plgpu.TilingTransform((ALIGNMENT, columns)), plgpu.SwizzleTransform(swizzle)))
 
-  stored_dtype = next((pool.k.dtype for pool in pools if pool.quantized), None)
-
-  def stored(what):
-    return None if stored_dtype is None else what()
-
-  def stored_room():
-    return plgpu.SMEM((tiles.stored_stages, tiles.keys, head_dim), stored_dtype)
-
-  def stored_ready():
-    return plgpu.Barrier(num_barriers=tiles.stored_stages)
-
+  tiles, head_dim = kernel.tiles, kernel.head_dim
   groups, stages = tiles.warpgroups, tiles.stages
+  stored: Any = None
+  stored_ready: Any = None
+  if kernel.stored is not None:
+    stored = plgpu.SMEM((tiles.stored_stages, tiles.keys, head_dim), kernel.stored)
+    stored_ready = plgpu.Barrier(num_barriers=tiles.stored_stages)
   return _Scratch(
       q=room(groups, ROWS, head_dim), head=room(groups, ROWS, COLUMNS),
       turned=room(groups, ROWS, COLUMNS), k=room(stages, tiles.keys, head_dim),
       v=room(stages, tiles.keys, head_dim, swizzle=tiles.v_swizzle),
-      stored_k=stored(stored_room), stored_v=stored(stored_room),
-      p=room(groups, ROWS, tiles.keys, swizzle=64) if interpreted else None,
+      stored_k=stored, stored_v=stored,
+      p=room(groups, ROWS, tiles.keys, swizzle=64) if kernel.interpreted else None,
+      lse=plgpu.SMEM((groups, ROWS), jnp.float32) if kernel.return_lse else None,
       cos=plgpu.SMEM((slots, COLUMNS), jnp.float32),
       sin=plgpu.SMEM((slots, COLUMNS), jnp.float32),
       q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=groups),
       table_ready=plgpu.Barrier(num_arrivals=2),
       k_ready=plgpu.Barrier(num_barriers=stages), v_ready=plgpu.Barrier(num_barriers=stages),
-      stored_k_ready=stored(stored_ready), stored_v_ready=stored(stored_ready),
+      stored_k_ready=stored_ready, stored_v_ready=stored_ready,
       k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
 
-def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools, head_dim, tiles, interpreted):
+def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools: int, kernel: _Kernel):
   """What one program does; arguments are references to global memory, then to shared memory."""
   fields = len(TileTable._fields)
-  table, arrays, out = TileTable(*refs[:fields]), refs[fields:fields + 2 * pools], refs[
-      fields + 2 * pools]
-  scratch = _Scratch(*refs[fields + 2 * pools + 1:])
-  scales = (k_scale, v_scale) if any(x.dtype.itemsize == 1 for x in arrays) else None
+  inputs, outputs = fields + 2 * pools, 1 + kernel.return_lse
+  table, arrays = TileTable(*refs[:fields]), refs[fields:inputs]
+  results, scratch = refs[inputs:inputs + outputs], _Scratch(*refs[inputs + outputs:])
   group = lax.axis_index('warpgroup')
-  computing, fetching = REGISTERS[tiles.warpgroups]
+  groups = kernel.tiles.warpgroups
+  computing, fetching = REGISTERS[groups]
 
-  @pl.when(group < tiles.warpgroups)
+  @pl.when(group < groups)
   def _():
     plgpu.set_max_registers(computing, action='increase')
-    _compute((q, turned), scales, table, out, scratch, head_dim, tiles, interpreted)
+    _compute((q, turned), (k_scale, v_scale), table, results, scratch, kernel)
 
-  @pl.when(group == tiles.warpgroups)
+  @pl.when(group == groups)
   def _():
     plgpu.set_max_registers(fetching, action='decrease')
     video = lax.axis_index('video')
     plgpu.copy_gmem_to_smem(cos.at[video], scratch.cos, scratch.table_ready)
     plgpu.copy_gmem_to_smem(sin.at[video], scratch.sin, scratch.table_ready)
-    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, head_dim, tiles,
-           interpreted)
+    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, kernel)
 
 
-def _compute(queries, scales, table, out, scratch, head_dim, tiles, interpreted):
+def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
   """One warpgroup: its 64 queries against all tiles."""
-  q, turned = queries
+  (q, turned), (out, *lse), (k_scale, v_scale) = queries, results, scales
+  tiles, head_dim = kernel.tiles, kernel.head_dim
   group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
   rows = pl.ds((lax.axis_index('tile') * tiles.warpgroups + group) * ROWS, ROWS)
   whole = pl.ds(head * head_dim, head_dim)
-  q_s, head_s, turned_s = scratch.q.at[group], scratch.head.at[group], scratch.turned.at[group]
-  ready = scratch.q_ready.at[group]
-  plgpu.copy_gmem_to_smem(q.at[video, rows, whole], q_s, ready)
-  plgpu.copy_gmem_to_smem(q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], head_s, ready)
-  plgpu.copy_gmem_to_smem(turned.at[video, rows, pl.ds(head * COLUMNS, COLUMNS)], turned_s, ready)
+  q_s, ready = scratch.q.at[group], scratch.q_ready.at[group]
+  for source, room in ((q.at[video, rows, whole], q_s),
+                       (q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], scratch.head.at[group]),
+                       (turned.at[video, rows, pl.ds(head * COLUMNS, COLUMNS)],
+                        scratch.turned.at[group])):
+    plgpu.copy_gmem_to_smem(source, room, ready)
   plgpu.barrier_wait(ready)
   plgpu.barrier_wait(scratch.table_ready)
-  scale = math.log2(math.e) / math.sqrt(head_dim)
-
-  def turn_queries(rotation):
-    """From the original: what was rounded once would be rounded again."""
-    c, s = (lax.broadcast_in_dim(angles[rotation], (ROWS, COLUMNS), [1])
-            for angles in (scratch.cos, scratch.sin))
-    moved = head_s[...].astype(jnp.float32) * c + turned_s[...].astype(jnp.float32) * s
-    q_s[:, pl.ds(0, COLUMNS)] = moved.astype(q_s.dtype)
-    plgpu.commit_smem()
 
   def attend_tile(number, carry, *, masked):
     """Adds one tile to the running maximum, sum and weighted values."""
     acc, top, total = carry
     stage = lax.rem(number, jnp.int32(tiles.stages))
     turn = table.turn[video, number]
-    pl.when(turn >= 0)(lambda: turn_queries(turn))
+    pl.when(turn >= 0)(lambda: _turn_queries(scratch, group, turn))
     plgpu.barrier_wait(scratch.k_ready.at[stage])
     logits = _multiply_keys(q_s, scratch.k.at[stage], tiles.keys)
     plgpu.barrier_arrive(scratch.k_free.at[stage])
     if masked:
-      column = _columns(logits.shape, interpreted)
+      column = _columns(logits.shape, kernel.interpreted)
       counts = (column >= table.low[video, number]) & (column < table.high[video, number])
       logits = jnp.where(counts, logits, MASKED)
-    unit = scale if scales is None else scale * scales[0][video, table.slot[video, number], head]
+    unit = math.log2(math.e) / math.sqrt(head_dim)
+    if kernel.stored is not None:
+      slot = table.slot[video, number]
+      unit = unit * k_scale[video, slot, head]
     highest = jnp.maximum(top, logits.max(axis=1) * unit)
     keep = jnp.exp2(top - highest)
     weights = jnp.exp2(logits * unit - lax.broadcast_in_dim(highest, logits.shape, [0]))
     total = total * keep + weights.sum(axis=1)
-    if scales is not None:
-      weights = weights * scales[1][video, table.slot[video, number], head]
+    if kernel.stored is not None:
+      weights = weights * v_scale[video, slot, head]
     acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
     acc = _add_values(acc, weights.astype(q_s.dtype), scratch.v.at[stage],
-                      scratch.p.at[group] if interpreted else None)
+                      scratch.p.at[group] if kernel.interpreted else None)
     plgpu.barrier_arrive(scratch.v_free.at[stage])
     return acc, highest, total
 
@@ -296,10 +317,35 @@ def _compute(queries, scales, table, out, scratch, head_dim, tiles, interpreted)
            jnp.zeros((ROWS,), jnp.float32))
   plain, count = table.plain[video], table.total[video]
   carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
-  acc, _, total = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
-  q_s[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(q_s.dtype)
+  carry = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
+  places = [(q_s, out.at[video, rows, whole])]
+  if lse:
+    places.append((scratch.lse.at[group], lse[0].at[video, head, rows]))
+  _write(carry, *places)
+
+
+def _turn_queries(scratch, group, slot):
+  """To a block's place, from the original: what was rounded once would be rounded again."""
+  c, s = (lax.broadcast_in_dim(angles[slot], (ROWS, COLUMNS), [1])
+          for angles in (scratch.cos, scratch.sin))
+  head, turned = (x[...].astype(jnp.float32) for x in (scratch.head.at[group],
+                                                       scratch.turned.at[group]))
+  scratch.q.at[group][:, pl.ds(0, COLUMNS)] = (head * c + turned * s).astype(scratch.q.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(q_s, out.at[video, rows, whole])
+
+
+def _write(carry, place, lse_place=None):
+  """What the loops leave, by way of shared memory; places are pairs (shared, global)."""
+  acc, top, total = carry
+  if lse_place is not None:
+    total = jnp.maximum(total, SMALLEST)
+    lse_place[0][...] = top * math.log(2) + jnp.log(total)
+  shared = place[0]
+  shared[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(shared.dtype)
+  plgpu.commit_smem()
+  for pair in (place, lse_place):
+    if pair is not None:
+      plgpu.copy_smem_to_gmem(*pair)
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -336,8 +382,9 @@ def _columns(shape: tuple[int, ...], interpreted: bool) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def _fetch(pools, table, scratch, head_dim, tiles, interpreted):
+def _fetch(pools, table, scratch, kernel: _Kernel):
   """The fetching warpgroup: every tile in turn, as soon as all others are done with its place."""
+  tiles, head_dim = kernel.tiles, kernel.head_dim
   video = lax.axis_index('video')
   columns = pl.ds(lax.axis_index('head') * head_dim, head_dim)
   count = table.total[video]
@@ -383,7 +430,7 @@ def _fetch(pools, table, scratch, head_dim, tiles, interpreted):
           stored_room, stored_ready = (x.at[place] for x in waiting)
           plgpu.barrier_wait(stored_ready)
           swizzle = tiles.v_swizzle if half else 128
-          _widen(stored_room, room.at[stage], None if interpreted else swizzle)
+          _widen(stored_room, room.at[stage], None if kernel.interpreted else swizzle)
           plgpu.barrier_arrive(ready.at[stage])
 
     if stored:

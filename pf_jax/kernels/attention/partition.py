@@ -7,6 +7,7 @@ batch, by the mesh that the program is traced under (`jax.set_mesh`); without on
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from jax.sharding import AxisType, PartitionSpec
 from pf_jax.types import Array
 
 
-def over_batch(attend: Callable[[Array, Sequence], Array], q: Array, segments: Sequence) -> Array:
+def over_batch(attend: Callable[[Array, Sequence], Any], q: Array, segments: Sequence) -> Any:
   """Calls `attend(q, segments)` with the batch split over the mesh; all of it if it cannot be.
 
   Args:
-    attend: an implementation of attention.
+    attend: an implementation of attention; batch is the first axis of all that it returns.
     q: [B, T, N, H].
     segments: see `pf_jax.kernels.attention.api.attend`.
   """

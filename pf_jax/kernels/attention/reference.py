@@ -10,6 +10,7 @@ Where the logits of all queries would take more than `LOGITS_BYTES`, as those of
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import einops
 import jax
@@ -53,13 +54,13 @@ def supports(q: Array, segments: Sequence) -> bool:
   return True
 
 
-def attend(q: Array, segments: Sequence) -> Array:
+def attend(q: Array, segments: Sequence, *, return_lse: bool = False) -> Any:
   """See `pf_jax.kernels.attention.api.attend`."""
   batch, tokens, heads, _ = q.shape
   keys = sum(segment.k.shape[1] for segment in segments)
   at_once = max(LOGITS_BYTES // (4 * batch * heads * keys), 1)
   if tokens <= at_once:
-    return _attend(q, segments)
+    return _attend(q, segments, return_lse)
   turns = -(-tokens // at_once)
   at_once = -(-tokens // turns)  # as even as can be
   padded = jnp.pad(q, ((0, 0), (0, turns * at_once - tokens), (0, 0), (0, 0)))
@@ -69,20 +70,24 @@ def attend(q: Array, segments: Sequence) -> Array:
           for segment in segments]
 
   @jax.checkpoint
-  def some(part: Array) -> Array:
-    return _attend(part, [x._replace(k=x.k.astype(segment.k.dtype), v=x.v.astype(segment.v.dtype))
-                          for x, segment in zip(wide, segments, strict=True)])
+  def some(part: Array) -> Any:
+    narrow = [x._replace(k=x.k.astype(segment.k.dtype), v=x.v.astype(segment.v.dtype))
+              for x, segment in zip(wide, segments, strict=True)]
+    return _attend(part, narrow, return_lse)
 
-  out = jax.lax.map(some, parts)
-  return einops.rearrange(out, 'c b t n h -> b (c t) n h')[:, :tokens]
+  return jax.tree.map(lambda x: einops.rearrange(x, 'c b t n ... -> b (c t) n ...')[:, :tokens],
+                      jax.lax.map(some, parts))
 
 
-def _attend(q: Array, segments: Sequence) -> Array:
+def _attend(q: Array, segments: Sequence, return_lse: bool) -> Any:
   scaled = q * q.shape[-1] ** -0.5
-  logits = [_logits(scaled, segment) for segment in segments]
-  weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+  logits = jnp.concatenate([_logits(scaled, segment) for segment in segments], axis=-1)
+  weights = jax.nn.softmax(logits, axis=-1)
   ends, parts = 0, []
   for segment in segments:
     begin, ends = ends, ends + segment.k.shape[1]
     parts.append(_weighted_values(weights[..., begin:ends], segment))
-  return functools.reduce(jnp.add, parts).astype(q.dtype)
+  out = functools.reduce(jnp.add, parts).astype(q.dtype)
+  if not return_lse:
+    return out
+  return out, einops.rearrange(jax.nn.logsumexp(logits, axis=-1), 'b n t -> b t n')
