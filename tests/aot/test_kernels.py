@@ -13,6 +13,7 @@ from launch.build import build
 from pf_jax.aot import ptxas
 from pf_jax.aot.compile import compile_for
 from pf_jax.aot.targets import TARGETS
+from pf_jax.kernels import quantization
 from pf_jax.kernels.attention import attend, pallas, pallas_gpu
 from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec
@@ -49,6 +50,14 @@ def test_attention_reads_the_cache_where_it_lies(tiles, return_lse):
   # values would take 133 MB.
   assert report.scratch_bytes < 0.6 * tree_bytes(q)
   assert '__cudnn' not in report.executable.as_text()
+
+
+@pytest.mark.parametrize('storage', quantization.DTYPES)
+def test_attention_reads_8_bits_where_they_lie(storage):
+  q, segments = at_full_size(storage)
+  report, [kernel] = compiled(pallas.attend, (q, segments))
+  assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0)
+  assert report.scratch_bytes < 0.6 * tree_bytes(q)
 
 
 def test_cudnn_hands_out_its_log_sum_exp():
@@ -96,8 +105,10 @@ def test_spills_are_seen():
   assert kernel.spill_store_bytes > 0
 
 
-def test_a_whole_block_of_the_1_3b_with_it():
+@pytest.mark.parametrize(('storage', 'dtype'), [('full', 'bf16'), ('int8', 's8')])
+def test_a_whole_block_of_the_1_3b_with_it(storage, dtype):
   config = t2v_1_3b.get_config()
+  config.cache.storage = storage
   model = build(ModelSpec, config.model)
   model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer,
                                                                      attention='pallas'))
@@ -117,5 +128,5 @@ def test_a_whole_block_of_the_1_3b_with_it():
   # With cuDNN 287 MB, of which 133 are the history packed.
   assert alone.scratch_bytes < 0.26e9
   archive = shapes.state.cache.layers.archive.k.shape
-  assert f'bf16[1,{",".join(map(str, archive[1:]))}]' not in alone.executable.as_text()
+  assert f'{dtype}[1,{",".join(map(str, archive[1:]))}]' not in alone.executable.as_text()
   print(f'traced in {report.trace_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s')

@@ -216,6 +216,12 @@ def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
   return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize('mutation', interpreted.MUTATIONS)
+def test_planted_bugs_fit_the_source(mutation):
+  source = pathlib.Path(pallas_gpu.__file__).read_text(encoding='utf-8')
+  assert source.count(interpreted.MUTATIONS[mutation][0]) == 1
+
+
 @needs_interpreter
 @pytest.mark.timeout(600)
 def test_equals_float32_in_the_interpreter_without_races():
