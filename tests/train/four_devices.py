@@ -163,9 +163,10 @@ def test_each_device_attends_with_its_own_videos(batches):
   assert f'f32[{batch // 4 or batch},2,5,12]' in program.as_text()  # logits of a device
 
 
+@pytest.mark.parametrize('layers', [0, 3])
 @pytest.mark.parametrize(('videos', 'flags'), [(4, 4), (4, 1), (1, 1)],
                          ids=['own', 'flags for all', 'for all'])
-def test_each_device_reads_blocks_of_its_own_videos(videos, flags):
+def test_each_device_reads_blocks_of_its_own_videos(videos, flags, layers):
   """A backend that is handed blocks; positions and choices may be those of all videos."""
   rng = np.random.default_rng(0)
   blocks = Blocks(*(jnp.asarray(rng.standard_normal((videos, 3, 2, 2, 8)), jnp.float32)
@@ -179,5 +180,8 @@ def test_each_device_reads_blocks_of_its_own_videos(videos, flags):
 
   wanted = backend(q, [blocks])
   with jax.set_mesh(FOUR):
+    if layers:  # the last of them is attended
+      k, v = (jnp.stack([jnp.full_like(x, jnp.nan)] * (layers - 1) + [x]) for x in blocks[:2])
+      blocks = blocks._replace(k=k, v=v, layer=jnp.int32(layers - 1))
     got = jax.jit(lambda q, blocks: partition.over_batch(backend, q, [blocks]))(q, blocks)
   assert_close(got, wanted, rtol=1e-5, atol=1e-6)

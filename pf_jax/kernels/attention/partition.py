@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from pf_jax.kernels.context import Blocks
 from pf_jax.types import Array
 
 
@@ -31,15 +32,17 @@ def over_batch(attend: Callable[[Array, Sequence], Any], q: Array, segments: Seq
   cards, batch = math.prod(sizes.values()), q.shape[0]
   if cards == 1:
     return attend(q, segments)
+  # Of a whole cache each card would be handed other layers.
+  segments = [x.one_layer() if isinstance(x, Blocks) else x for x in segments]
   names = PartitionSpec(tuple(sizes))
   if batch % cards:
-    specs = jax.tree.map(lambda x: PartitionSpec(), (q, list(segments)))
+    specs = jax.tree.map(lambda x: PartitionSpec(), (q, segments))
   else:
-    segments = jax.tree.map(lambda x: _for_each_card(x, batch, cards), list(segments))
+    segments = jax.tree.map(lambda x: _for_each_card(x, batch, cards), segments)
     specs = jax.tree.map(lambda x: PartitionSpec() if x.shape[0] == 1 else names, (q, segments))
   # Nothing is exchanged, so there is nothing for shard_map to check; cuDNN's call has no rule.
   return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], axis_names=set(sizes),
-                       check_vma=False)(q, list(segments))
+                       check_vma=False)(q, segments)
 
 
 def _for_each_card(x: Array, batch: int, cards: int) -> Array:
