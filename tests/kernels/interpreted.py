@@ -1,6 +1,6 @@
 """Runs the Mosaic GPU attention kernel in Pallas' interpreter, with race detection; needs jax 0.11.
 
-  python tests/kernels/interpreted.py [MUTATION]
+  python -m tests.kernels.interpreted [MUTATION]
 
 Prints the largest error of every case against float32, or what was found wrong. The interpreter
 blocks a thread for every waiting warpgroup, so XLA needs more threads than a small machine has
@@ -15,6 +15,7 @@ if __name__ == '__main__':
 
 import functools
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pf_jax.kernels.attention import combine, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import Blocks, Segment, assemble
 from pf_jax.kernels.quantization import quantize
+from tests.kernels.slow_kernel import slow_kernel
 
 HEAD = 128
 
@@ -92,12 +94,27 @@ def cases():
           2, attended=((6, 1, 3), (0, 2, 7)), valid=((1, 1, 0), (1, 1, 1))), 1))] + [own(2, 64)]
 
 
+def float8_cases():
+  """Name -> queries and what they attend with products in float8."""
+  known = {name: (q, segments) for name, q, segments in cases()}
+  q, (*history, own) = known['three partitions, two heads']
+  yield 'products in float8, two heads', q, [in_8_bits(x, pallas.FLOAT8) for x in history] + [own]
+  name = 'float8, each video its own, the second of three layers'
+  yield f'products in {name}', *known[name]
+
+
 def halves():
   """Name -> queries, and what they attend in two parts that are computed apart."""
   known = {name: (q, segments) for name, q, segments in cases()}
   for name in ('three partitions, two heads', 'each video its own', 'empty partitions'):
     q, (*history, own) = known[name]
     yield name, q, (history, [own])
+
+
+def expected_in_float8(q, segments):
+  """What the kernel is to compute, by its slow model: queries are rounded once they are turned."""
+  with mock.patch.object(pallas_gpu, 'attend_pools', slow_kernel):
+    return pallas.attend(q, segments, float8_keys=True)
 
 
 def expected(q, segments):
@@ -118,15 +135,17 @@ def expected(q, segments):
 MUTATIONS = {
     'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass',
                          'phase|race|wrong values'),
-    'no wait for free room': ('plgpu.barrier_wait(free.at[stage])', 'pass', 'race'),
+    'no wait for free room': ('plgpu.barrier_wait(half.free.at[stage])', 'pass', 'race'),
     'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,', None),
     'rotation of the last block': ('group, turn)', 'group, jnp.maximum(turn - 1, 0))',
                                    'wrong values'),
-    'no wait for what is stored': ('plgpu.barrier_wait(stored_ready)', 'pass',
+    'no wait for what is stored': ('plgpu.barrier_wait(half.stored_ready.at[place])', 'pass',
                                    'phase|race|wrong values'),
     'the scale of the next block': ('slot = table.slot[video, number]',
                                     'slot = table.slot[video, number + 1]', 'wrong values'),
     'the keys\' scale on values': ('weights * v_scale', 'weights * k_scale', 'wrong values'),
+    'queries turned the other way': ('head * c + turned * s', 'head * c - turned * s',
+                                     'wrong values'),
     'mask one row late': ('column < table.high[video, number]',
                           'column <= table.high[video, number]', 'wrong values'),
     'a logarithm in base 2': ('top * math.log(2)', 'top', 'wrong values'),
@@ -159,6 +178,10 @@ def main(mutation: str) -> int:
   for name, q, segments in cases():
     if not compare(name, run(q, segments), expected(q, segments)[0]):
       return 1
+  for name, q, segments in float8_cases():
+    found = run(q, segments, float8_keys=True)
+    if not compare(name, found, expected_in_float8(q, segments)):
+      return 1
   for name, q, parts in halves():
     found = combine([run(q, segments, return_lse=True) for segments in parts])
     wanted = expected(q, [segment for segments in parts for segment in segments])
@@ -170,7 +193,7 @@ def main(mutation: str) -> int:
 
 def compare(name: str, found: jax.Array, wanted: jax.Array) -> bool:
   """Says how far off it is, and whether that is good enough."""
-  error = np.abs(np.asarray(found, np.float32) - np.asarray(wanted))
+  error = np.abs(np.asarray(found, np.float32) - np.asarray(wanted, np.float32))
   print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
   good = error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3
   if not good:

@@ -15,52 +15,17 @@ from jax.sharding import use_abstract_mesh
 
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Blocks, Segment, attend, combine, pallas, pallas_gpu
-from pf_jax.kernels.attention.tiles import tile_table
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.quantization import Quantized
 from tests.kernels import interpreted
+from tests.kernels.slow_kernel import slow_kernel
 from tests.kernels.test_platform import CARD
 
 VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
 needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
 CASES = {name: (q, segments) for name, q, segments in interpreted.cases()}
+FLOAT8_CASES = {name: (q, segments) for name, q, segments in interpreted.float8_cases()}
 HALVES = {name: (q, parts) for name, q, parts in interpreted.halves()}
-
-
-def slow_kernel(q, turned, cos, sin, pools, *, scales, head_dim, tiles, interpret,
-                return_lse=False):
-  """What `pallas_gpu.attend_pools` is to compute, tile by tile in float32."""
-  del interpret
-  batch, _, width = q.shape
-  table = tile_table(pools, batch, (tiles or pallas_gpu.TileSpec()).keys)
-  out = np.zeros(q.shape, np.float32)
-  lse = np.full((batch, width // head_dim, q.shape[1]), -1e30, np.float32)
-  columns = cos.shape[-1]
-  for video in range(batch):
-    for head in range(width // head_dim):
-      queries = np.array(q[video, :, head * head_dim:(head + 1) * head_dim], np.float32)
-      first = queries[:, :columns].copy()
-      quarter = np.array(turned[video, :, head * columns:(head + 1) * columns], np.float32)
-      logits, values = [], []
-      for i in range(int(table.total[video])):
-        pool = pools[int(table.pool[video, i])]
-        if (turn := int(table.turn[video, i])) >= 0:
-          queries[:, :columns] = first * cos[video, turn] + quarter * sin[video, turn]
-        begin = int(table.start[video, i])
-        rows = slice(begin + int(table.low[video, i]), begin + int(table.high[video, i]))
-        k, v = (np.array(x[int(table.video[video, i]), rows,
-                           head * head_dim:(head + 1) * head_dim], np.float32)
-                * (scale[video, table.slot[video, i], head] if pool.quantized else 1)
-                for x, scale in zip((pool.k, pool.v), scales, strict=True))
-        logits.append(queries @ k.T)
-        values.append(v)
-      if not logits:
-        continue
-      scaled = np.concatenate(logits, axis=1) / head_dim**0.5
-      lse[video, head] = jax.nn.logsumexp(scaled, axis=-1)
-      weights = np.exp(scaled - lse[video, head, :, None])
-      out[video, :, head * head_dim:(head + 1) * head_dim] = weights @ np.concatenate(values)
-  return jnp.asarray(out, q.dtype), jnp.asarray(lse) if return_lse else None
 
 
 @pytest.fixture
@@ -87,12 +52,29 @@ def test_halves_are_combined_to_the_whole(case, without_the_card):
     np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=8e-3)
 
 
+@pytest.mark.parametrize('case', FLOAT8_CASES)
+def test_products_in_float8_are_close(case, without_the_card):
+  q, segments = FLOAT8_CASES[case]
+  out = attend(q, segments, implementation='pallas_float8')
+  error = np.abs(np.asarray(out, np.float32) - interpreted.expected(q, segments)[0])
+  assert error.max() < 0.06
+  assert 1e-3 < np.sqrt(np.mean(error**2)) < 0.01
+
+
+def test_turned_queries_fit_into_float8():
+  """A pair of length 500: its unit is 2, whatever the angle; the other head's is the smallest."""
+  q = jnp.zeros((1, 3, 2, 64)).at[0, 1, 0, 6:8].set(jnp.array([300.0, -400]))
+  q = q.at[0, 2, 1, 0].set(448.0)
+  assert pallas._float8_unit(q).tolist() == [[2.0, 1.0]]
+  assert pallas._float8_unit(q * 2).tolist() == [[4.0, 2.0]]
+
+
 def test_turning_queries_is_moving_keys():
   """One key that is moved by 3 frames, one temporal pair of the head, by hand."""
   q = np.zeros((1, 1, 1, 64), np.float32)
   q[0, 0, 0, :2] = 1, 2
   angle = rope.time_angles(jnp.float32(3), 64)[0]
-  cos, sin = pallas._rotations(jnp.array([[3.0]]), 64)
+  cos, sin = pallas._rotations(jnp.array([[3.0]]), 64, 64)
   assert cos.shape == (1, 1, 64)
   turned = np.array([-2.0, 1.0])
   np.testing.assert_allclose(q[0, 0, 0, :2] * cos[0, 0, :2] + turned * sin[0, 0, :2],
@@ -128,6 +110,8 @@ def test_refuses_what_the_kernel_cannot_read():
   for segments in ([half], [assemble([sink])], [jax.tree.map(jnp.float32, sink)]):
     with pytest.raises(ValueError, match=r'pallas takes bfloat16 .* queries bfloat16\[1, 64, 1'):
       attend(q, segments, implementation='pallas')
+  with pytest.raises(ValueError, match=r'pallas_float8 takes .*; all blocks in float8_e4m3fn'):
+    attend(q, [sink], implementation='pallas_float8')
   for wrong, message in ((dict(warpgroups=4), 'warpgroups=4 must be 2 or 3'),
                          (dict(keys=40), 'keys=40 must be a multiple of 32'),
                          (dict(stages=1), 'stages=1 must be at least 2'),
@@ -179,6 +163,8 @@ def test_lowers_for_a_card_that_is_not_there(tiles):
 @pytest.mark.parametrize('storage', ['int8', 'float8_e4m3fn'])
 def test_lowers_with_blocks_in_8_bits(storage):
   lower(None, storage)
+  if storage == pallas.FLOAT8:
+    lower(None, storage, float8_keys=True)
   with pytest.raises(ValueError, match='239616 bytes of shared memory, of 231424'):
     lower(pallas_gpu.TileSpec(), storage)
 
@@ -208,9 +194,10 @@ def test_needs_a_card():
 
 def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
   """Exit status of a run in the interpreter, None if it waits for ever, and what it said."""
-  command = [sys.executable, str(pathlib.Path(interpreted.__file__)), mutation]
+  command = [sys.executable, '-m', 'tests.kernels.interpreted', mutation]
   try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False,
+                          cwd=pathlib.Path(__file__).parents[2])
   except subprocess.TimeoutExpired:
     return None, ''
   return done.returncode, done.stdout + done.stderr
@@ -227,7 +214,7 @@ def test_planted_bugs_fit_the_source(mutation):
 def test_equals_float32_in_the_interpreter_without_races():
   status, said = interpret('', 500)
   assert status == 0, said
-  assert said.count('at most') == len(CASES) + 2 * len(HALVES)
+  assert said.count('at most') == len(CASES) + len(FLOAT8_CASES) + 2 * len(HALVES)
 
 
 @needs_interpreter

@@ -6,12 +6,14 @@ from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 
-from pf_jax.kernels.attention import cudnn, pallas, partition, reference
+from pf_jax.kernels.attention import cudnn, pallas, pallas_float8, partition, reference
 from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
 
-BACKENDS: dict[str, Any] = {'reference': reference, 'cudnn': cudnn, 'pallas': pallas}
+BACKENDS: dict[str, Any] = {'reference': reference, 'cudnn': cudnn, 'pallas': pallas,
+                            'pallas_float8': pallas_float8}
+READ_BLOCKS = ('pallas', 'pallas_float8')  # where they lie; the rest is handed assembled rows
 
 
 @overload
@@ -36,8 +38,9 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     q: [B, T, N, H].
     segments: what is attended; order does not matter.
     implementation: 'reference' (XLA), 'cudnn' (NVIDIA cards, half precision), 'pallas' (Hopper
-      cards, half precision; reads blocks where they lie), or None: cudnn where it fits, else
-      reference. All but pallas are handed one assembled segment in place of all blocks.
+      cards, half precision; reads blocks where they lie), 'pallas_float8' (the same for blocks in
+      float8, multiplies queries and keys in it), or None: cudnn where it fits, else reference.
+      Others than pallas are handed one assembled segment in place of all blocks.
     return_lse: also return the logarithm of the sum of exponentials of the scaled logits, by which
       attentions over separate parts are combined (`combine`). cuDNN's is rounded to half precision
       by JAX, too coarse to combine much by; so None is the reference here.
@@ -58,7 +61,7 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     raise ValueError('there is nothing to attend; wanted at least one segment with tokens.')
   if implementation not in (None, *BACKENDS):
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
-  if implementation != 'pallas':
+  if implementation not in READ_BLOCKS:
     segments = ready_made(segments, q.dtype)
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.

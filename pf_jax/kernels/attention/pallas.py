@@ -16,9 +16,10 @@ from pf_jax.kernels.attention import cudnn, reference
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool
 from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
-from pf_jax.kernels.quantization import Quantized
+from pf_jax.kernels.quantization import Quantized, largest, quantize
 from pf_jax.types import Array, PyTree
 
+FLOAT8 = 'float8_e4m3fn'
 LIMITS = ('bfloat16 or float16, blocks also in 8 bits, heads of 64 or 128, blocks of a cache whose '
           f'rows are a multiple of {ALIGNMENT} in all, and segments without empty slots')
 
@@ -37,41 +38,47 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
           and q.shape[-1] in (COLUMNS, 2 * COLUMNS) and all(map(fits, segments)))
 
 
-def attend(q: Array, segments: Sequence[Segment | Blocks], *, return_lse: bool = False,
-           tiles: Any = None, interpret: Any = None) -> Any:
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, float8_keys: bool = False,
+           return_lse: bool = False, tiles: Any = None, interpret: Any = None) -> Any:
   """See `pf_jax.kernels.attention.api.attend`.
 
   Args:
     q: [B, T, N, H].
     segments: what is attended.
-    return_lse: likewise.
+    float8_keys: multiply queries and keys in float8 (see `pallas_float8`).
+    return_lse: as there.
     tiles: `pallas_gpu.TileSpec`; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
-  return _attend(q, tuple(segments), return_lse, tiles, interpret)
+  return _attend(q, tuple(segments), float8_keys, return_lse, tiles, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attend(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool, tiles: Any,
-            interpret: Any) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _attend(q: Array, segments: tuple[Segment | Blocks, ...], float8_keys: bool, return_lse: bool,
+            tiles: Any, interpret: Any) -> Any:
   from pf_jax.kernels.attention import pallas_gpu  # imports much that only cards need
 
   batch, tokens, heads, head_dim = q.shape
+  columns = head_dim if float8_keys else COLUMNS
   pools: list[Pool] = []
   slots: list[_Slots] = []
   for segment in segments:
-    pool, own = _pool(segment, sum(x.shift.shape[1] for x in slots))
+    pool, own = _pool(segment, sum(x.shift.shape[1] for x in slots), float8_keys)
     pools.append(pool)
     slots.append(jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), own))
   shift, *scales = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
-  cos, sin = _rotations(shift, head_dim)
+  cos, sin = _rotations(shift, head_dim, columns)
   rows = _aligned(q)
-  pairs = rows[..., :COLUMNS].reshape(*rows.shape[:3], COLUMNS // 2, 2)
+  if float8_keys:
+    unit = _float8_unit(rows)
+    rows = (rows / unit[:, None, :, None]).astype(q.dtype)
+    scales[0] = scales[0] * unit[:, None]
+  pairs = rows[..., :columns].reshape(*rows.shape[:3], columns // 2, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out, lse = pallas_gpu.attend_pools(
-      rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * COLUMNS), cos,
-      sin, pools, scales=scales, head_dim=head_dim, return_lse=return_lse, tiles=tiles,
-      interpret=interpret)
+      rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * columns), cos,
+      sin, pools, scales=scales, head_dim=head_dim, float8_keys=float8_keys, return_lse=return_lse,
+      tiles=tiles, interpret=interpret)
   out = out[:, :tokens].reshape(q.shape)
   return out if lse is None else (out, jnp.swapaxes(lse[:, :, :tokens], 1, 2))
 
@@ -95,11 +102,14 @@ class _Slots(NamedTuple):
   v_scale: Array
 
 
-def _pool(segment: Segment | Blocks, slots: int) -> tuple[Pool, _Slots]:
+def _pool(segment: Segment | Blocks, slots: int, float8_keys: bool) -> tuple[Pool, _Slots]:
   """The blocks of a segment, its slots counted on from `slots`."""
   if isinstance(segment, Segment):  # one block that stays where it is
+    k: Any
     k, v = (_aligned(x)[:, None] for x in (segment.k, segment.v))
     rows, one = segment.k.shape[1], (segment.k.shape[0], 1)
+    if float8_keys:
+      k = quantize(k, FLOAT8)
     segment = Blocks(k, v, jnp.zeros(one), jnp.ones(one, bool))
   else:
     rows = segment.k.shape[-3]
@@ -125,10 +135,20 @@ def _scales(x: Array | Quantized, first: Array | int, chosen: Array) -> Array:
   return scale[(first + jnp.arange(chosen.shape[0]))[:, None], chosen]
 
 
-def _rotations(shifts: Array, head_dim: int) -> tuple[Array, Array]:
-  """Cosines and sines [B, r, COLUMNS] that turn queries by the opposite of shifts [B, r]."""
+def _float8_unit(q: Array) -> Array:
+  """What queries [B, T, N, H] are divided by, [B, N], so that float8 holds them turned or not.
+
+  A power of two, which rounds nothing.
+  """
+  pairs = q.astype(jnp.float32).reshape(*q.shape[:3], -1, 2)
+  highest = jnp.sqrt(jnp.max(jnp.sum(jnp.square(pairs), axis=-1), axis=(1, 3)))
+  return jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(highest, 1e-30) / largest(FLOAT8))))
+
+
+def _rotations(shifts: Array, head_dim: int, columns: int) -> tuple[Array, Array]:
+  """Cosines and sines [B, r, columns] that turn queries by the opposite of shifts [B, r]."""
   angles = rope.time_angles(-shifts, head_dim)
-  missing = COLUMNS // 2 - angles.shape[-1]
+  missing = columns // 2 - angles.shape[-1]
   angles = jnp.repeat(jnp.pad(angles, ((0, 0), (0, 0), (0, missing))), 2, axis=-1)
   return jnp.cos(angles), jnp.sin(angles)
 
@@ -142,14 +162,13 @@ def _library(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool)
   return (cudnn if fits else reference).attend(q, packed)
 
 
-def _forward(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool, tiles: Any,
-             interpret: Any) -> tuple[Any, PyTree]:
-  return _attend(q, segments, return_lse, tiles, interpret), (q, segments)
+def _forward(q: Array, segments: tuple[Segment | Blocks, ...], *choices) -> tuple[Any, PyTree]:
+  return _attend(q, segments, *choices), (q, segments)
 
 
-def _backward(return_lse: bool, tiles: Any, interpret: Any, saved: PyTree, gradient: Any
-              ) -> PyTree:
-  del tiles, interpret
+def _backward(float8_keys: bool, return_lse: bool, tiles: Any, interpret: Any, saved: PyTree,
+              gradient: Any) -> PyTree:
+  del float8_keys, tiles, interpret
   return jax.vjp(functools.partial(_library, return_lse=return_lse), *saved)[1](gradient)
 
 

@@ -15,6 +15,11 @@ and then the rest, none for what does not count.
 
 Blocks stored in 8 bits are fetched as they are. The fetching warpgroup makes them half precision,
 which loses nothing; their scales multiply logits and weights.
+
+With `float8_keys` the product with the keys is one of 8 bits, at twice the rate: keys stay as they
+are stored, and queries are rounded too, each time they are turned. Values are still made half
+precision: tensor cores contract 8 bits along contiguous numbers only, and those of a value are the
+other way round. So the least time is three quarters of that in half precision.
 """
 
 import dataclasses
@@ -87,30 +92,34 @@ class TileSpec:
     return 64 if self.keys % COLUMNS else 128
 
   def shared_bytes(self, head_dim: int, slots: int, *, quantized: bool = False,
-                   return_lse: bool = False) -> int:
+                   float8_keys: bool = False, return_lse: bool = False) -> int:
     """Shared memory of a program for so many attended blocks, without its barriers."""
     half, full = 2, 4
-    queries = self.queries * (head_dim + 2 * COLUMNS) * half
-    stored = quantized * 2 * self.stored_stages * self.keys * head_dim
-    return (queries + 2 * self.stages * self.keys * head_dim * half + stored
-            + (2 * slots * COLUMNS + self.queries * return_lse) * full)
+    of_keys, columns = (1, head_dim) if float8_keys else (half, COLUMNS)
+    queries = self.queries * (head_dim * of_keys + 2 * columns * half)
+    ring = self.stages * self.keys * head_dim * (of_keys + half)
+    waiting = 2 - float8_keys  # halves of a tile
+    stored = quantized * waiting * self.stored_stages * self.keys * head_dim
+    return queries + ring + stored + (2 * slots * columns + self.queries * return_lse) * full
 
 
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 scales: Sequence[Array], head_dim: int, return_lse: bool = False,
-                 tiles: TileSpec | None = None, interpret: Any = None
+                 scales: Sequence[Array], head_dim: int, float8_keys: bool = False,
+                 return_lse: bool = False, tiles: TileSpec | None = None, interpret: Any = None
                  ) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
 
   Args:
     q: [B, T, N * H], half precision, T a multiple of `ALIGNMENT`.
-    turned: [B, T, N * COLUMNS], the first columns of every head turned by a quarter: each pair
-      (a, b) as (-b, a).
-    cos: [B, r, COLUMNS] float32, for every attended block; 1 where nothing is rotated.
-    sin: [B, r, COLUMNS] float32; 0 there.
+    turned: [B, T, N * c], the first c columns of every head turned by a quarter: each pair (a, b)
+      as (-b, a). c is COLUMNS, with float8_keys H.
+    cos: [B, r, c] float32, for every attended block; 1 where nothing is rotated.
+    sin: [B, r, c] float32; 0 there.
     pools: their batch may be smaller by a whole factor.
     scales: of keys and of values, each [B, r, N] float32; read where a pool has 8 bits.
     head_dim: H, a multiple of `COLUMNS`.
+    float8_keys: multiply in float8, in which all keys are; queries fit its numbers however they are
+      turned.
     return_lse: also return the log-sum-exp; a kernel without it does not compute it.
     tiles: sizes; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
@@ -124,9 +133,10 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   stored = next((pool.k.dtype for pool in pools if pool.quantized), None)
   if tiles is None:  # what waits in 8 bits takes the place of a stage
     tiles = TileSpec() if stored is None else TileSpec(stages=2)
-  kernel = _Kernel(q.dtype, stored, head_dim, tiles, return_lse, interpret is not None)
+  kernel = _Kernel(q.dtype, stored, head_dim, tiles, float8_keys, return_lse,
+                   interpret is not None)
   needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized=stored is not None,
-                              return_lse=return_lse)
+                              float8_keys=float8_keys, return_lse=return_lse)
   if needed > SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
                      f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
@@ -152,10 +162,11 @@ class _Kernel(NamedTuple):
   """What a program is compiled for.
 
   Attributes:
-    dtype: of queries and products.
+    dtype: of queries, of the product with values, of the result.
     stored: dtype of the pools in 8 bits, None if there are none.
     head_dim: H.
     tiles: sizes.
+    float8_keys: multiply queries and keys in 8 bits.
     return_lse: also write the log-sum-exp.
     interpreted: by Pallas' interpreter.
   """
@@ -164,8 +175,19 @@ class _Kernel(NamedTuple):
   stored: Any
   head_dim: int
   tiles: TileSpec
+  float8_keys: bool
   return_lse: bool
   interpreted: bool
+
+  @property
+  def key_dtype(self) -> Any:
+    """Of the product with keys."""
+    return self.stored if self.float8_keys else self.dtype
+
+  @property
+  def columns(self) -> int:
+    """Of a head, that are turned together."""
+    return self.head_dim if self.float8_keys else COLUMNS
 
 
 class _Scratch(NamedTuple):
@@ -214,12 +236,13 @@ class _Scratch(NamedTuple):
 
 
 def _scratch(kernel: _Kernel, slots: int) -> _Scratch:
-  def room(*shape: int, swizzle: int = 128):
-    columns = swizzle // jnp.dtype(kernel.dtype).itemsize
-    return plgpu.SMEM(shape, kernel.dtype, transforms=(
-        plgpu.TilingTransform((ALIGNMENT, columns)), plgpu.SwizzleTransform(swizzle)))
+  def room(*shape: int, dtype=kernel.dtype, swizzle: int = 128):
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(swizzle, shape[-1] * itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(
+        plgpu.TilingTransform((ALIGNMENT, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)))
 
-  tiles, head_dim = kernel.tiles, kernel.head_dim
+  tiles, head_dim, columns = kernel.tiles, kernel.head_dim, kernel.columns
   groups, stages = tiles.warpgroups, tiles.stages
   stored: Any = None
   stored_ready: Any = None
@@ -227,18 +250,19 @@ def _scratch(kernel: _Kernel, slots: int) -> _Scratch:
     stored = plgpu.SMEM((tiles.stored_stages, tiles.keys, head_dim), kernel.stored)
     stored_ready = plgpu.Barrier(num_barriers=tiles.stored_stages)
   return _Scratch(
-      q=room(groups, ROWS, head_dim), head=room(groups, ROWS, COLUMNS),
-      turned=room(groups, ROWS, COLUMNS), k=room(stages, tiles.keys, head_dim),
+      q=room(groups, ROWS, head_dim, dtype=kernel.key_dtype), head=room(groups, ROWS, columns),
+      turned=room(groups, ROWS, columns),
+      k=room(stages, tiles.keys, head_dim, dtype=kernel.key_dtype),
       v=room(stages, tiles.keys, head_dim, swizzle=tiles.v_swizzle),
-      stored_k=stored, stored_v=stored,
+      stored_k=None if kernel.float8_keys else stored, stored_v=stored,
       p=room(groups, ROWS, tiles.keys, swizzle=64) if kernel.interpreted else None,
       lse=plgpu.SMEM((groups, ROWS), jnp.float32) if kernel.return_lse else None,
-      cos=plgpu.SMEM((slots, COLUMNS), jnp.float32),
-      sin=plgpu.SMEM((slots, COLUMNS), jnp.float32),
-      q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=groups),
+      cos=plgpu.SMEM((slots, columns), jnp.float32),
+      sin=plgpu.SMEM((slots, columns), jnp.float32),
+      q_ready=plgpu.Barrier(num_arrivals=2 if kernel.float8_keys else 3, num_barriers=groups),
       table_ready=plgpu.Barrier(num_arrivals=2),
       k_ready=plgpu.Barrier(num_barriers=stages), v_ready=plgpu.Barrier(num_barriers=stages),
-      stored_k_ready=stored_ready, stored_v_ready=stored_ready,
+      stored_k_ready=None if kernel.float8_keys else stored_ready, stored_v_ready=stored_ready,
       k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
@@ -264,7 +288,7 @@ def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools: int, kernel: _
     video = lax.axis_index('video')
     plgpu.copy_gmem_to_smem(cos.at[video], scratch.cos, scratch.table_ready)
     plgpu.copy_gmem_to_smem(sin.at[video], scratch.sin, scratch.table_ready)
-    _fetch(list(zip(arrays[::2], arrays[1::2], strict=True)), table, scratch, kernel)
+    _Fetching(_halves(arrays, scratch, kernel), table, kernel).all_tiles()
 
 
 def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
@@ -274,13 +298,16 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
   group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
   rows = pl.ds((lax.axis_index('tile') * tiles.warpgroups + group) * ROWS, ROWS)
   whole = pl.ds(head * head_dim, head_dim)
-  q_s, ready = scratch.q.at[group], scratch.q_ready.at[group]
-  for source, room in ((q.at[video, rows, whole], q_s),
-                       (q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], scratch.head.at[group]),
-                       (turned.at[video, rows, pl.ds(head * COLUMNS, COLUMNS)],
-                        scratch.turned.at[group])):
-    plgpu.copy_gmem_to_smem(source, room, ready)
-  plgpu.barrier_wait(ready)
+  first, q_s, head_s = pl.ds(head * kernel.columns, kernel.columns), *(
+      room.at[group] for room in (scratch.q, scratch.head))
+  if kernel.float8_keys:  # no query is multiplied before it was turned
+    copies = [(q.at[video, rows, whole], head_s)]
+  else:
+    copies = [(q.at[video, rows, whole], q_s),
+              (q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], head_s)]
+  for source, room in (*copies, (turned.at[video, rows, first], scratch.turned.at[group])):
+    plgpu.copy_gmem_to_smem(source, room, scratch.q_ready.at[group])
+  plgpu.barrier_wait(scratch.q_ready.at[group])
   plgpu.barrier_wait(scratch.table_ready)
 
   def attend_tile(number, carry, *, masked):
@@ -308,7 +335,7 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
       weights = weights * v_scale[video, slot, head]
     acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
-    acc = _add_values(acc, weights.astype(q_s.dtype), scratch.v.at[stage],
+    acc = _add_values(acc, weights.astype(kernel.dtype), scratch.v.at[stage],
                       scratch.p.at[group] if kernel.interpreted else None)
     plgpu.barrier_arrive(scratch.v_free.at[stage])
     return acc, highest, total
@@ -318,7 +345,7 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
   plain, count = table.plain[video], table.total[video]
   carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
   carry = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
-  places = [(q_s, out.at[video, rows, whole])]
+  places = [(head_s if kernel.float8_keys else q_s, out.at[video, rows, whole])]
   if lse:
     places.append((scratch.lse.at[group], lse[0].at[video, head, rows]))
   _write(carry, *places)
@@ -326,11 +353,12 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
 
 def _turn_queries(scratch, group, slot):
   """To a block's place, from the original: what was rounded once would be rounded again."""
-  c, s = (lax.broadcast_in_dim(angles[slot], (ROWS, COLUMNS), [1])
+  columns = scratch.cos.shape[1]
+  c, s = (lax.broadcast_in_dim(angles[slot], (ROWS, columns), [1])
           for angles in (scratch.cos, scratch.sin))
   head, turned = (x[...].astype(jnp.float32) for x in (scratch.head.at[group],
                                                        scratch.turned.at[group]))
-  scratch.q.at[group][:, pl.ds(0, COLUMNS)] = (head * c + turned * s).astype(scratch.q.dtype)
+  scratch.q.at[group][:, pl.ds(0, columns)] = (head * c + turned * s).astype(scratch.q.dtype)
   plgpu.commit_smem()
 
 
@@ -382,67 +410,110 @@ def _columns(shape: tuple[int, ...], interpreted: bool) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def _fetch(pools, table, scratch, kernel: _Kernel):
-  """The fetching warpgroup: every tile in turn, as soon as all others are done with its place."""
-  tiles, head_dim = kernel.tiles, kernel.head_dim
-  video = lax.axis_index('video')
-  columns = pl.ds(lax.axis_index('head') * head_dim, head_dim)
-  count = table.total[video]
-  stored = [index for index, (k, _) in enumerate(pools) if k.dtype.itemsize == 1]
-  whole = [index for index in range(len(pools)) if index not in stored]
-  halves = ((scratch.k, scratch.k_ready, scratch.k_free, scratch.stored_k, scratch.stored_k_ready),
-            (scratch.v, scratch.v_ready, scratch.v_free, scratch.stored_v, scratch.stored_v_ready))
+class _Half(NamedTuple):
+  """Where the fetching warpgroup puts keys, or values.
 
-  def fetch(number, half, indices, room, ready):
+  Attributes:
+    room: the ring.
+    ready: a barrier for each stage of it.
+    free: likewise.
+    stored_room: for tiles in 8 bits, beside the ring.
+    stored_ready: a barrier for each stage of it.
+    swizzle: of the ring, bytes.
+    whole: references to arrays by pool, of those that go straight into the ring.
+    stored: of those that are made half precision on the way.
+  """
+
+  room: Any
+  ready: Any
+  free: Any
+  stored_room: Any
+  stored_ready: Any
+  swizzle: int
+  whole: dict[int, Any]
+  stored: dict[int, Any]
+
+
+def _halves(arrays, scratch, kernel: _Kernel) -> tuple[_Half, _Half]:
+  """Of keys and of values; `arrays` are k and v of every pool in turn."""
+  keys, values = dict(enumerate(arrays[::2])), dict(enumerate(arrays[1::2]))
+
+  def sorted_out(pools: dict[int, Any], dtype) -> list[dict[int, Any]]:
+    return [{index: pool for index, pool in pools.items() if (pool.dtype == dtype) == fits}
+            for fits in (True, False)]
+
+  return (_Half(scratch.k, scratch.k_ready, scratch.k_free, scratch.stored_k,
+                scratch.stored_k_ready, 128, *sorted_out(keys, kernel.key_dtype)),
+          _Half(scratch.v, scratch.v_ready, scratch.v_free, scratch.stored_v,
+                scratch.stored_v_ready, kernel.tiles.v_swizzle, *sorted_out(values, kernel.dtype)))
+
+
+class _Fetching:
+  """The fetching warpgroup: every tile in turn, as soon as all others are done with its place."""
+
+  def __init__(self, halves: tuple[_Half, _Half], table, kernel: _Kernel):
+    self._halves, self._table, self._kernel = halves, table, kernel
+    self._video = lax.axis_index('video')
+
+  def all_tiles(self):
+    """Fetches them."""
+    count, tiles = self._table.total[self._video], self._kernel.tiles
+    if any(half.stored for half in self._halves):
+      pl.loop(0, jnp.minimum(count, tiles.stored_stages))(self._start_stored)
+
+    @pl.loop(0, count)
+    def _(number):
+      for half in self._halves:
+        self._place(number, half)
+      if any(half.stored for half in self._halves):
+        ahead = number + tiles.stored_stages
+        pl.when(ahead < count)(lambda: self._start_stored(ahead))
+
+    @pl.loop(jnp.maximum(count - tiles.stages, 0), count)
+    def _(number):
+      """Nobody may leave while others still arrive."""
+      for half in self._halves:
+        plgpu.barrier_wait(half.free.at[lax.rem(number, jnp.int32(tiles.stages))])
+
+  def _start(self, number, pools: dict[int, Any], room, ready):
     """Starts to fetch half a tile, if it is of one of these pools."""
-    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), tiles.keys)
-    for index in indices:
+    table, video = self._table, self._video
+    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), self._kernel.tiles.keys)
+    columns = pl.ds(lax.axis_index('head') * self._kernel.head_dim, self._kernel.head_dim)
+    for index, ref in pools.items():
 
       @pl.when(table.pool[video, number] == index)
-      def _(ref=pools[index][half]):
+      def _(ref=ref):
         plgpu.copy_gmem_to_smem(ref.at[table.video[video, number], rows, columns], room, ready)
 
-  def fetch_stored(number):
-    place = lax.rem(number, jnp.int32(tiles.stored_stages))
-    for half, (*_, room, ready) in enumerate(halves):
-      fetch(number, half, stored, room.at[place], ready.at[place])
+  def _start_stored(self, number):
+    """The same for what waits in 8 bits."""
+    place = lax.rem(number, jnp.int32(self._kernel.tiles.stored_stages))
+    for half in self._halves:
+      if half.stored:
+        self._start(number, half.stored, half.stored_room.at[place], half.stored_ready.at[place])
 
-  if stored:
-    pl.loop(0, jnp.minimum(count, tiles.stored_stages))(fetch_stored)
+  def _place(self, number, half: _Half):
+    """Half a tile into the ring."""
+    tiles = self._kernel.tiles
+    stage, place = (lax.rem(number, jnp.int32(size)) for size in (tiles.stages,
+                                                                  tiles.stored_stages))
 
-  @pl.loop(0, count)
-  def _(number):
-    stage = lax.rem(number, jnp.int32(tiles.stages))
-    for half, (room, ready, free, *waiting) in enumerate(halves):
+    @pl.when(number >= tiles.stages)
+    def _():
+      plgpu.barrier_wait(half.free.at[stage])
 
-      @pl.when(number >= tiles.stages)
-      def _(free=free):
-        plgpu.barrier_wait(free.at[stage])
+    self._start(number, half.whole, half.room.at[stage], half.ready.at[stage])
+    if not half.stored:
+      return
+    stored = [self._table.pool[self._video, number] == index for index in half.stored]
 
-      fetch(number, half, whole, room.at[stage], ready.at[stage])
-      if stored:
-        place = lax.rem(number, jnp.int32(tiles.stored_stages))
-        from_stored = functools.reduce(
-            jnp.logical_or, [table.pool[video, number] == index for index in stored])
-
-        @pl.when(from_stored)
-        def _(half=half, room=room, ready=ready, waiting=waiting, place=place):
-          stored_room, stored_ready = (x.at[place] for x in waiting)
-          plgpu.barrier_wait(stored_ready)
-          swizzle = tiles.v_swizzle if half else 128
-          _widen(stored_room, room.at[stage], None if kernel.interpreted else swizzle)
-          plgpu.barrier_arrive(ready.at[stage])
-
-    if stored:
-      ahead = number + tiles.stored_stages
-      pl.when(ahead < count)(lambda: fetch_stored(ahead))
-
-  @pl.loop(jnp.maximum(count - tiles.stages, 0), count)
-  def _(number):
-    """Nobody may leave while others still arrive."""
-    stage = lax.rem(number, jnp.int32(tiles.stages))
-    plgpu.barrier_wait(scratch.k_free.at[stage])
-    plgpu.barrier_wait(scratch.v_free.at[stage])
+    @pl.when(functools.reduce(jnp.logical_or, stored))
+    def _():
+      plgpu.barrier_wait(half.stored_ready.at[place])
+      _widen(half.stored_room.at[place], half.room.at[stage],
+             None if self._kernel.interpreted else half.swizzle)
+      plgpu.barrier_arrive(half.ready.at[stage])
 
 
 def _widen(stored, room, swizzle: int | None):
