@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pf_jax.kernels import rope
+from pf_jax.kernels import rope, tuning
 from pf_jax.kernels.attention import cudnn, reference
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool
 from pf_jax.kernels.context import Blocks, Segment, ready_made
@@ -42,7 +42,7 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, return_lse: bool =
     q: [B, T, N, H].
     segments: what is attended.
     return_lse: likewise.
-    tiles: `pallas_gpu.TileSpec`; None for the default.
+    tiles: `pallas_gpu.TileSpec`; None for the tuned ones, else the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
   return _attend(q, tuple(segments), return_lse, tiles, interpret)
@@ -66,10 +66,37 @@ def _attend(q: Array, segments: tuple[Segment | Blocks, ...], return_lse: bool, 
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out, lse = pallas_gpu.attend_pools(
       rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * COLUMNS), cos,
-      sin, pools, head_dim=head_dim, return_lse=return_lse, tiles=tiles or pallas_gpu.TileSpec(),
-      interpret=interpret)
+      sin, pools, head_dim=head_dim, queries=tokens, return_lse=return_lse,
+      tiles=tiles or tuned(q, segments, return_lse), interpret=interpret)
   out = out[:, :tokens].reshape(q.shape)
   return out if lse is None else (out, jnp.swapaxes(lse[:, :, :tokens], 1, 2))
+
+
+def shape_of(q: Array, segments: Sequence[Segment | Blocks]) -> str:
+  """What tiles are tuned for: queries, and the number and rows of each partition's blocks.
+
+  Such as 'bfloat16 1x6240x12x128 over 2x6240 16x182 1x6240 1x6240'.
+  """
+  blocks = ' '.join(f'{number}x{rows}' for number, rows in map(_blocks, segments))
+  return f'{q.dtype} {"x".join(map(str, q.shape))} over {blocks}'
+
+
+def _blocks(segment: Segment | Blocks) -> tuple[int, int]:
+  """How many are attended, and the rows of each."""
+  if isinstance(segment, Segment):
+    return 1, segment.k.shape[1]
+  return segment.valid.shape[1], segment.k.shape[-3]
+
+
+def tuned(q: Array, segments: Sequence[Segment | Blocks], return_lse: bool = False) -> Any:
+  """`pallas_gpu.TileSpec` that was fastest for these shapes on this device, else the default."""
+  from pf_jax.kernels.attention import pallas_gpu
+
+  default = pallas_gpu.TileSpec()
+  found = tuning.sizes(tuning.Problem.here('attention', shape_of(q, segments)), default)
+  rotations = sum(number for number, _ in map(_blocks, segments))
+  fits = found.shared_bytes(q.shape[-1], rotations, return_lse) <= pallas_gpu.SHARED_BYTES
+  return found if fits else default  # it was tuned without the log-sum-exp
 
 
 def _aligned(x: Array) -> Array:

@@ -16,6 +16,7 @@ and then the rest, none for what does not count.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pf_jax.kernels import mosaic
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, tile_table
 from pf_jax.types import Array
 
@@ -41,7 +43,7 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 @dataclasses.dataclass(frozen=True)
 class TileSpec:
-  """Sizes that are tuned for a card.
+  """Sizes that are tuned for a card (`pf_jax.kernels.tuning`).
 
   By default what needs no more registers than there are; larger tiles spill (BENCHMARKS.md).
 
@@ -81,9 +83,16 @@ class TileSpec:
             + (2 * rotations * COLUMNS + self.queries * return_lse) * full)
 
 
+def candidates() -> list[TileSpec]:
+  """Tiles worth timing, the default first; not all fit any shape, nor into registers."""
+  sizes = itertools.product((3, 2), (32, 64, 96, 128, 192), (2, 3, 4))
+  return list(dict.fromkeys([TileSpec(), *(TileSpec(*size) for size in sizes)]))
+
+
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 head_dim: int, return_lse: bool = False, tiles: TileSpec = TileSpec(),
-                 interpret: Any = None) -> tuple[Array, Array | None]:
+                 head_dim: int, queries: int, return_lse: bool = False,
+                 tiles: TileSpec = TileSpec(), interpret: Any = None
+                 ) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
 
   Args:
@@ -94,6 +103,7 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     sin: [B, r, COLUMNS] float32; 0 there.
     pools: their batch may be smaller by a whole factor.
     head_dim: H, a multiple of `COLUMNS`.
+    queries: how many of the T are no padding, for the count of operations.
     return_lse: also return the log-sum-exp; a kernel without it does not compute it.
     tiles: sizes.
     interpret: parameters of Pallas' interpreter, on machines without the card.
@@ -112,20 +122,31 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   table = tile_table(pools, batch, tiles.keys)
   body = functools.partial(_program, pools=len(pools), head_dim=head_dim, tiles=tiles,
                            return_lse=return_lse, interpreted=interpret is not None)
-  options = {} if interpret is None else dict(interpret=interpret)
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   if return_lse:
     out_type.append(jax.ShapeDtypeStruct((batch, width // head_dim, tokens), jnp.float32))
   scratch = _scratch(q.dtype, head_dim, cos.shape[1], tiles, interpret is not None, return_lse)
-  out, *lse = plgpu.kernel(
-      body, out_type=out_type, scratch_types=scratch,
+  out, *lse = mosaic.kernel(
+      body, name='attention', out_type=out_type, scratch_types=scratch,
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
-      num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **options)(q, turned, cos, sin, *table, *(x for pool in pools for x in (pool.k, pool.v)))
+      num_threads=tiles.warpgroups + 1, thread_name='warpgroup', interpret=interpret,
+      cost=_cost(q, turned, pools, out_type, head_dim, queries))(
+          q, turned, cos, sin, *table, *(x for pool in pools for x in (pool.k, pool.v)))
   return out, lse[0] if lse else None
+
+
+def _cost(q: Array, turned: Array, pools: Sequence[Pool], out_type: Sequence[Any], head_dim: int,
+          queries: int) -> pl.CostEstimate:
+  """All slots count, empty ones included, as in `pf_jax.train.flops`."""
+  batch, _, width = q.shape
+  keys = sum(pool.chosen.shape[1] * pool.block_rows for pool in pools)
+  attended = sum(2 * pool.chosen.size * pool.block_rows * width * pool.k.dtype.itemsize
+                 for pool in pools)
+  return pl.CostEstimate(
+      flops=4 * batch * queries * keys * width,
+      transcendentals=batch * queries * keys * width // head_dim,
+      bytes_accessed=attended + sum(x.size * x.dtype.itemsize for x in (q, turned, *out_type)))
 
 
 class _Scratch(NamedTuple):
