@@ -87,7 +87,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['pf_jax', 'pf_jax.*']),
-    package_data={'pf_jax': ['py.typed', 'weights/**/*']},
+    package_data={'pf_jax': ['py.typed', 'kernels/tuned.json', 'weights/**/*']},
     install_requires=REQUIRED,
     extras_require={'train': TRAIN, 'hub': HUB, 'dev': DEV, 'parity': PARITY},
     classifiers=[

@@ -7,8 +7,12 @@ Suites: attention, context, conv3d, vae, block, rollout. Sizes are the config's;
 of the packaged model, or random ones of released sizes. The suite rollout samples --late_block
 blocks to compare a late one with an early one; the rest takes a minute or two. Writes bench.json
 (every timing) and bench.md (tables), which is printed too.
+
+With --tune on a card of NVIDIA's, the tiles of our own kernels are timed first; the fastest go into
+the table that later programs read (`pf_jax.kernels.tuning`: PF_JAX_TUNING, or the user's cache).
 """
 
+import os
 import sys
 from typing import Any
 
@@ -24,6 +28,8 @@ flags.DEFINE_string('suite', 'all', 'Comma list of attention, context, conv3d, v
 flags.DEFINE_string('output', None, 'Directory of bench.json and bench.md.')
 flags.DEFINE_string('profile', None, 'Directory for a trace of one turn of each suite, for XProf '
                     'or Perfetto.')
+flags.DEFINE_boolean('tune', False, 'First time the tiles of our own kernels in these suites '
+                     'and keep the fastest for later programs; on a card.')
 flags.DEFINE_float('seconds', 1.0, 'To measure each call of a case, roughly.')
 flags.DEFINE_integer('early_block', 20, 'Where the early window of the suite rollout begins.')
 flags.DEFINE_integer('late_block', 1100, 'Where its late window begins.')
@@ -55,6 +61,8 @@ def _bench() -> int:
   spec = build(SampleSpec, {name: args.config[name] for name in args.config if name != 'model'},
                'config')
 
+  if args.tune:  # the assembler says which tiles spill, see `pf_jax.aot.ptxas`
+    os.environ['MOSAIC_GPU_DUMP_PTXAS'] = '1'
   import jax
 
   from pf_jax import outputs
@@ -65,7 +73,7 @@ def _bench() -> int:
   try:
     measured = subject.load(model, spec.chosen('cache'), spec.chosen('sampler'))
     record = run.run(measured, suites, effort, args.output, config=_location(),
-                     profile=args.profile)
+                     profile=args.profile, tune=args.tune)
   except (ValueError, outputs.DirectoryInUse, outputs.NotWritable, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

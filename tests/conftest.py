@@ -19,6 +19,7 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):  # others do not kn
   _XLA_FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('XLA_FLAGS', ' '.join(_XLA_FLAGS))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ['PF_JAX_TUNING'] = str(ROOT / '.cache' / 'no-tuning.json')  # the user's own is no test's
 os.environ.setdefault('MPLBACKEND', 'agg')
 # Subprocesses of tests import the checkout, wherever they run.
 os.environ['PYTHONPATH'] = os.pathsep.join(

@@ -145,7 +145,7 @@ def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarg
     trace = jax.jit(function, donate_argnums=tuple(donate)).trace(*abstract)
     lowered = trace.lower()
   traced = time.perf_counter()
-  with _no_compilation_cache():
+  with no_compilation_cache():
     executable = lowered.compile(dict(options) if options else None)
   plan: Any = executable.memory_analysis()
   return Report(target=target, devices=devices, argument_bytes=plan.argument_size_in_bytes,
@@ -167,8 +167,11 @@ def _on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-  """What cannot be loaded here cannot be read back: JAX would store it and fail the next time."""
+def no_compilation_cache() -> Iterator[None]:
+  """What cannot be loaded here cannot be read back: JAX would store it and fail the next time.
+
+  Nor does the assembler say anything of a kernel that is read back.
+  """
   settings: Any = jax.config
   enabled = settings.jax_enable_compilation_cache
   settings.update('jax_enable_compilation_cache', False)

@@ -7,6 +7,7 @@ ceilings   a large copy and a large product, measured in the same run.
 subject    the model that is measured.
 case       one piece of work, done by us and by peers.
 kernels    suites attention, context, conv3d, vae.
+tune       times the tiles of our own kernels and keeps the fastest.
 block      suite block: one layer, denoise, finish, whole.
 long       suite rollout: early and late blocks of long videos, in turn.
 torch_peer the same work in PyTorch, where it is installed.

@@ -1,7 +1,9 @@
 """Suites of what a block is made of: attention, context, conv3d, vae."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,10 @@ import jax.numpy as jnp
 from pf_jax import cache as cache_lib
 from pf_jax.bench import counts, torch_peer
 from pf_jax.bench.case import Bench, Case
-from pf_jax.bench.subject import draw
+from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call
 from pf_jax.cache import CacheSpec, LayerCache, Layout
-from pf_jax.kernels.attention import Segment, attend
+from pf_jax.kernels.attention import Blocks, Segment, attend, pallas
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d
 from pf_jax.kernels.platform import target_platform
@@ -71,15 +73,76 @@ def _attention(bench: Bench, name: str, queries: int, history_rows: int, own_row
       absent=absent)
 
 
+class BlockAttention(NamedTuple):
+  """Self-attention of a pass as a rollout has it: the history lies in a cache, block by block."""
+
+  q: Array
+  history: tuple[Blocks, ...]
+  own: KeyValues
+
+  @property
+  def segments(self) -> list[Segment | Blocks]:
+    return [*self.history, Segment(*self.own)]
+
+
+def block_attentions(subject: Subject) -> dict[str, BlockAttention]:
+  """Those of a block and of its compressed version."""
+  dit, cache, history = subject.models.spec.transformer, subject.spec.cache, subject.history()
+  made = {}
+  for name, rows in (('block', cache.block_tokens), ('compressed block', cache.mid_tokens)):
+    q, k, v = (array(1, rows, dit.num_heads, dit.head_dim, dtype=subject.dtype, seed=seed)
+               for seed in (0, 1, 2))
+    made[name] = BlockAttention(q, history, KeyValues(k, v))
+  return made
+
+
+def hopper() -> bool:
+  """Whether kernels of our own run here."""
+  capability = getattr(jax.devices()[0], 'compute_capability', '')
+  return target_platform() == 'cuda' and str(capability).startswith('9.')
+
+
+def in_place(work: BlockAttention, implementation: str) -> Array:
+  """Out of the cache: read where it lies, or assembled first, as the implementation does."""
+  return attend(work.q, work.segments, implementation=implementation)
+
+
+def _in_place(bench: Bench, name: str, work: BlockAttention) -> Case:
+  """Our kernel beside cuDNN, which is handed its rows in one piece or has to assemble them."""
+  dit, dtype = bench.subject.models.spec.transformer, bench.subject.dtype
+  keys = bench.subject.spec.cache.context_tokens + work.own.k.shape[1]
+  rows = KeyValues(*(array(1, keys, *work.q.shape[2:], dtype=dtype, seed=seed)
+                     for seed in (3, 4)))
+  label, plain = plain_attention(dtype)
+  assembled = functools.partial(in_place, implementation='reference')
+  return Case(
+      f'{name} over its cache',
+      {'pallas, in place': jitted(functools.partial(in_place, implementation='pallas'), work),
+       f'{label}, rows ready': jitted(plain, work.q, *rows),
+       'cudnn, rows assembled': jitted(functools.partial(in_place, implementation='cudnn'), work)},
+      dtype, flops=counts.attention(work.q.shape[1], keys, dit.width),
+      bytes=2 * tree_bytes((work.q, rows.k)), traced_flops=counts.traced(assembled, work),
+      shapes={'queries': work.q.shape, 'keys': rows.k.shape})
+
+
 def attention(bench: Bench) -> list[Case]:
   """Attention of a pass in the steady state; peers get all rows in one piece."""
   cache, text = bench.subject.spec.cache, bench.subject.models.spec.text
-  return [
+  contenders: list[Case] = []
+  absent = {'pallas, in place': f'takes {pallas.LIMITS}, on a Hopper card'}
+  if hopper():
+    works = {name: work for name, work in block_attentions(bench.subject).items()
+             if pallas.supports(work.q, work.segments)}
+    contenders = [_in_place(bench, name, work) for name, work in works.items()]
+  rows = [
       _attention(bench, 'block over history', cache.block_tokens, cache.context_tokens,
                  cache.block_tokens),
       _attention(bench, 'compressed block over history', cache.mid_tokens, cache.context_tokens,
                  cache.mid_tokens),
       _attention(bench, 'block over text', cache.block_tokens, 0, text.max_tokens)]
+  if not contenders:
+    rows[0] = dataclasses.replace(rows[0], absent={**rows[0].absent, **absent})
+  return [*contenders, *rows]
 
 
 # --- context --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 
 from pf_jax import outputs
 from pf_jax.bench import block, kernels, long, report
+from pf_jax.bench import tune as tune_lib
 from pf_jax.bench.case import Bench, Case, Say, record
 from pf_jax.bench.ceilings import Ceilings
 from pf_jax.bench.config import SUITES, Effort
@@ -22,7 +23,8 @@ FUNCTIONS: dict[str, Callable[[Bench], list[Case]]] = dict(zip(SUITES, (
 
 
 def run(subject: Subject, suites: Sequence[str], effort: Effort, output: str | os.PathLike, *,
-        config: str, profile: str | os.PathLike | None = None, say: Say = print) -> dict[str, Any]:
+        config: str, profile: str | os.PathLike | None = None, tune: bool = False,
+        say: Say = print) -> dict[str, Any]:
   """Measures, and writes bench.json and bench.md after every suite.
 
   Args:
@@ -32,6 +34,7 @@ def run(subject: Subject, suites: Sequence[str], effort: Effort, output: str | o
     output: directory; created if needed.
     config: what the subject is called in the record.
     profile: directory for a trace of one turn of each suite, one folder each.
+    tune: first times the tiles of our own kernels in these suites (`pf_jax.bench.tune`).
     say: receives lines to show.
 
   Returns:
@@ -39,6 +42,7 @@ def run(subject: Subject, suites: Sequence[str], effort: Effort, output: str | o
 
   Raises:
     NotWritable, DirectoryInUse: the directory cannot be used.
+    BadTable, NothingFits: see `pf_jax.kernels.tuning.tune`.
   """
   with outputs.claim_directory(output, say=say) as root, CompileCounter() as compilations:
     machine, ceilings = report.machine(), Ceilings(effort)
@@ -46,6 +50,8 @@ def run(subject: Subject, suites: Sequence[str], effort: Effort, output: str | o
       say(f'note: others use this machine (load {machine["load_before"]:.1f}); timings and '
           'fractions will be worth little.')
     bench = Bench(subject, effort, ceilings, compilations, say)
+    if tune:
+      tune_lib.tune(bench, suites)
     found: dict[str, list[dict[str, Any]]] = {}
     whole: dict[str, Any] = {}
     for number, name in enumerate(suites, 1):

@@ -12,6 +12,7 @@ import numpy as np
 
 from pf_jax import cache as cache_lib
 from pf_jax import pipeline
+from pf_jax.kernels.attention import Blocks
 from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.rollout import block as block_lib
@@ -101,10 +102,22 @@ class Subject:
     """A rollout's state in the steady state, filled with random numbers."""
     shapes = jax.eval_shape(lambda m: block_lib.init(m, 1, self.spec), self.models)
     state = draw(shapes, seed)
-    # Far enough for every partition to be full.
-    blocks = self.spec.cache.steady_block + self.spec.cache.mid_capacity
-    cache = dataclasses.replace(state.cache, blocks=jnp.asarray(blocks, jnp.int32))
-    return dataclasses.replace(state, cache=cache)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, blocks=self._blocks))
+
+  def history(self, seed: int = 0) -> tuple[Blocks, ...]:
+    """What a block of the steady state attends besides itself, in a cache of one layer."""
+    spec = self.spec.cache
+    layers = draw(jax.eval_shape(lambda: cache_lib.init(
+        dataclasses.replace(spec, num_layers=1), 1)), seed).layers
+    view = cache_lib.LayerView(layers, jnp.zeros((), jnp.int32))
+    blocks = self._blocks
+    return cache_lib.context(view, self.selected(blocks), blocks, cache_lib.layout(blocks, spec),
+                             spec=spec)
+
+  @property
+  def _blocks(self) -> Array:
+    """Committed so far: enough for every partition to be full."""
+    return jnp.asarray(self.spec.cache.steady_block + self.spec.cache.mid_capacity, jnp.int32)
 
   def selected(self, blocks: Array) -> Array:
     """Archived blocks [1, K] from all over a full archive, in time order."""

@@ -1,1 +1,4 @@
-"""Hot operations, one folder each: `api` picks a backend, `reference` is plain XLA."""
+"""Hot operations, one folder each: `api` picks a backend, `reference` is plain XLA.
+
+`platform` says what is traced for, `tuning` which sizes of tiles were fastest there.
+"""

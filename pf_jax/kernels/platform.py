@@ -1,5 +1,7 @@
 """For which kind of machine a program is being traced; kernels choose their backend by it."""
 
+from typing import Any
+
 import jax
 
 
@@ -12,3 +14,9 @@ def target_platform() -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device
   platform = jax.default_backend() if device is None else device.platform
   return 'cuda' if platform == 'gpu' else platform
+
+
+def target_device_kind() -> str:
+  """What the device that is traced for is called by its driver, such as 'NVIDIA H200'."""
+  device: Any = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.devices()[0] if device is None else device).device_kind

@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pf_jax.kernels.attention import pallas_gpu
 from pf_jax.kernels.attention.tiles import tile_table
 
 
-def slow_kernel(q, turned, cos, sin, pools, *, scales, head_dim, tiles, interpret,
-                float8_keys=False, return_lse=False):
+def slow_kernel(q, turned, cos, sin, pools, *, scales, head_dim, queries, float8_keys,
+                return_lse, tiles, interpret):
   """Tile by tile in float32; see `attend_pools`."""
-  del interpret
+  del queries, interpret
   batch, _, width = q.shape
-  table = tile_table(pools, batch, (tiles or pallas_gpu.TileSpec()).keys)
+  table = tile_table(pools, batch, tiles.keys)
   out = np.zeros(q.shape, np.float32)
   lse = np.full((batch, width // head_dim, q.shape[1]), -1e30, np.float32)
   columns = cos.shape[-1]

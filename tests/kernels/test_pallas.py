@@ -1,5 +1,6 @@
 """The fused attention kernel: its arguments on any machine, the kernel itself in an interpreter."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -13,10 +14,16 @@ import numpy as np
 import pytest
 from jax.sharding import use_abstract_mesh
 
-from pf_jax.kernels import rope
+from pf_jax.kernels import rope, tuning
 from pf_jax.kernels.attention import Blocks, Segment, attend, combine, pallas, pallas_gpu
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.quantization import Quantized
+from pf_jax.models import bundle
+from pf_jax.pipeline import rollout_spec
+from pf_jax.rollout import block as block_lib
+from pf_jax.testing import tiny_model_spec
+from pf_jax.train import flops
+from pf_jax.types import DTypes
 from tests.kernels import interpreted
 from tests.kernels.slow_kernel import slow_kernel
 from tests.kernels.test_platform import CARD
@@ -167,6 +174,85 @@ def test_lowers_with_blocks_in_8_bits(storage):
     lower(None, storage, float8_keys=True)
   with pytest.raises(ValueError, match='239616 bytes of shared memory, of 231424'):
     lower(pallas_gpu.TileSpec(), storage)
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+  """The user's table, empty."""
+  monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / 'tuning.json'))
+  return tmp_path / 'tuning.json'
+
+
+def test_tiles_come_from_the_table(table, monkeypatch):
+  used = []
+
+  def attend_pools(q, *rest, tiles, return_lse, **options):
+    used.append(tiles)
+    return q, jnp.zeros((1, 12, 6240)) if return_lse else None
+
+  q, segments = at_full_size()
+  shape = 'bfloat16 1x6240x12x128 over 2x6240 16x182 1x6240 1x6240'
+  assert pallas.shape_of(q, segments) == shape
+  tuned = pallas_gpu.TileSpec(2, 64, 4)
+  monkeypatch.setattr(pallas_gpu, 'attend_pools', attend_pools)
+  tuning.record(tuning.Problem('attention', shape, 'some card', jax.__version__), tuned, 1e-3)
+  default = pallas_gpu.TileSpec()
+  for mesh, given, lse in ((CARD, None, False), (None, None, False), (CARD, default, False),
+                           (CARD, None, True)):
+    with contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh):
+      jax.eval_shape(functools.partial(pallas.attend, tiles=given, return_lse=lse), q, segments)
+      jax.eval_shape(functools.partial(pallas.attend, return_lse=lse), q, segments[1:])
+  assert used == [tuned, default, default, default, default, default, tuned, default]
+
+
+def test_tuned_tiles_that_do_not_fit_are_not_used(table):
+  q, segments = at_full_size()
+  problem = tuning.Problem.here('attention', pallas.shape_of(q, segments))
+  tuning.record(problem, pallas_gpu.TileSpec(3, 64, 4), 1e-3)
+  assert pallas.tuned(q, segments) == pallas_gpu.TileSpec()
+
+
+def test_candidates_begin_with_the_default():
+  first, *rest = pallas_gpu.candidates()
+  assert first == pallas_gpu.TileSpec()
+  assert first not in rest
+  assert len(set(rest)) == len(rest) > 10
+
+
+def test_counts_what_it_does():
+  """By hand: 64 queries of two videos over 2 x 64, 3 x 22 and 64 rows; padding is not counted."""
+  q, segments = CASES['each video its own']
+  attention = functools.partial(attend, implementation='pallas')
+  rows = 2 * 64 + 3 * 22 + 64
+  assert flops.count(attention, q, segments) == 4 * 2 * 64 * rows * 128
+  jaxpr = jax.make_jaxpr(attention)(q, segments)
+  # Queries, half of them a quarter turn further, results; keys and values.
+  assert flops.traffic_of_jaxpr(jaxpr) == 2 * 2 * 128 * (64 + 32 + 64 + 2 * rows)
+  q, segments = CASES['ragged own block']
+  assert flops.count(attention, q, segments) == 4 * 92 * 92 * 128
+  q, segments = CASES['two noisy versions share a history']
+  assert flops.count(attention, q, segments) == 4 * 2 * 64 * (2 * 64 + 64) * 128
+
+
+def test_a_model_counts_as_with_the_reference():
+  """A block of a small model, clean pass and compressed block of two tokens included."""
+  found = {}
+  for name in ('reference', 'pallas'):
+    models, spec = half_precision(name)
+    shapes = block_lib.input_shapes(models, 1, spec)
+    block = functools.partial(block_lib.sample_block, first=False, spec=spec)
+    found[name] = flops.count(block, models, shapes.state, shapes.text, shapes.keys)
+  assert found['pallas'] == found['reference']
+
+
+def half_precision(attention):
+  """Shapes of a small model that the kernel takes, and its rollout."""
+  spec = tiny_model_spec()
+  transformer = dataclasses.replace(spec.transformer, width=128, attention=attention,
+                                    dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
+  spec = dataclasses.replace(spec, transformer=transformer,
+                             compressor=dataclasses.replace(spec.compressor, width=128))
+  cache = {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 2, 'mid_capacity': 4}
+  choices = {'cache': cache, 'sampler': {'steps': [1000.0, 500.0]}}
+  return bundle.shapes(spec).without_text(), rollout_spec(spec, choices)
 
 
 def test_too_large_tiles_do_not_lower():

@@ -2,6 +2,7 @@
 is asserted."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -14,16 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pf_jax.bench import block, counts, kernels, long, report, run, subject, timing, torch_peer
+from pf_jax.bench import (
+    block,
+    counts,
+    kernels,
+    long,
+    report,
+    run,
+    subject,
+    timing,
+    torch_peer,
+    tune,
+)
 from pf_jax.bench.case import Bench
 from pf_jax.bench.ceilings import Ceilings
 from pf_jax.bench.config import SUITES, Effort, parse_suites
 from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call, Timing
+from pf_jax.kernels import tuning
+from pf_jax.kernels.attention import cudnn, pallas, pallas_gpu, reference
+from pf_jax.kernels.context import ready_made
 from pf_jax.pipeline import rollout_spec
 from pf_jax.sampling.meter import CompileCounter
 from pf_jax.testing import tiny_model_spec
 from tests import sampled
+from tests.kernels.test_pallas import half_precision
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = Effort(seconds=1e-3, least=2, most=2, early_block=2, late_block=4, window=2,
@@ -274,6 +290,111 @@ def test_rows_of_the_table():
       ['', 'torch', 'is away', '', '', '', '', '', '']]
 
 
+# --- our own kernels ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half():
+  """A model that our kernel takes; its weights are only shapes."""
+  return Subject(*half_precision('pallas'), None, 'random')
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+  """A Hopper card whose kernels are XLA's; some tiles are no use on it."""
+
+  def attend(q, segments, tiles=None):
+    if tiles is not None and tiles.keys == 192:
+      raise ValueError('19 attended blocks take too much shared memory')
+    out = reference.attend(q, ready_made(segments))
+    return 2 * out if tiles is not None and tiles.keys == 128 else out
+
+  for module in (kernels, tune):
+    monkeypatch.setattr(module, 'hopper', lambda: True)
+  for backend in (cudnn, pallas):
+    monkeypatch.setattr(backend, 'attend', attend)
+  monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / 'tuning.json'))
+
+
+def bench_of(measured, lines):
+  return Bench(measured, TINY, Ceilings(TINY), CompileCounter(), lines.append)
+
+
+def test_our_kernel_meets_cudnn_in_both_forms(half, card):
+  blocks = kernels.block_attentions(half)
+  cases = kernels.attention(bench_of(half, []))
+  assert [case.name for case in cases[:2]] == [
+      'block over its cache', 'compressed block over its cache']
+  for case, work, queries in zip(cases, blocks.values(), (24, 2), strict=False):
+    assert list(case.calls) == ['pallas, in place', 'jax.nn (xla), rows ready',
+                                'cudnn, rows assembled']
+    keys = 24 + 2 * 2 + 24 + queries  # sink, two compressed blocks, recent, itself
+    assert case.flops == case.traced_flops == 4 * queries * keys * 128
+    assert case.bytes == 2 * 2 * (queries + keys) * 128
+    ours, ready, assembled = (np.asarray(call.run(), np.float32) for call in case.calls.values())
+    np.testing.assert_array_equal(ours, assembled)
+    assert ready.shape == ours.shape == (1, queries, 2, 64)
+    # As a slow reader of the cache has it: every block counts and none is zero.
+    segment, own = ready_made(work.segments)
+    assert bool(segment.valid.all())
+    k, v = (np.concatenate([a, b], axis=1) for a, b in zip(segment[:2], own[:2], strict=True))
+    np.testing.assert_allclose(ours, jax.nn.dot_product_attention(
+        *(jnp.asarray(x, jnp.float32) for x in (work.q, k, v))), atol=8e-3, rtol=8e-3)
+  assert not any('pallas, in place' in case.absent for case in cases)
+
+
+def test_without_a_card_our_kernel_is_absent(found):
+  (case, *others) = found[0]['suites']['attention']
+  assert case['absent']['pallas, in place'].endswith('on a Hopper card')
+  assert not any('pallas, in place' in case['absent'] for case in others)
+
+
+def test_tuning_keeps_the_fastest_and_says_what_is_no_use(half, card, monkeypatch):
+  sizes = [pallas_gpu.TileSpec(*size)
+           for size in ((3, 64, 3), (3, 128, 2), (2, 192, 2), (2, 64, 4))]
+  monkeypatch.setattr(pallas_gpu, 'candidates', lambda: sizes)
+  monkeypatch.setattr(tune, 'race', lambda ready, effort: {
+      tiles: float(tiles.warpgroups) for tiles in ready})
+  lines = []
+  tune.tune(bench_of(half, lines), ('context', 'attention'))
+  for work in kernels.block_attentions(half).values():
+    assert pallas.tuned(work.q, work.segments) == sizes[3]
+  skipped = [line.split(': ', 1)[1] for line in lines if 'skipped' in line]
+  assert skipped == 2 * ['skipped: what it computes is off by 100.0%',
+                         'skipped: 19 attended blocks take too much shared memory']
+  assert len([line for line in lines if line.startswith('tuning attention, ')]) == 2
+
+
+def test_the_race_is_timed(monkeypatch):
+  clock = Clock()
+  calls = {name: clock.work(name, seconds).run for name, seconds in (('a', 1.0), ('b', 0.5))}
+  monkeypatch.setattr(timing, 'alternate', functools.partial(timing.alternate, clock=clock))
+  assert tune.race(calls, TINY) == {'a': 1.0, 'b': 0.5}
+
+
+def test_tiles_that_spill_are_no_use():
+  said = ["ptxas info    : Compiling entry function 'attention' for 'sm_90a'",
+          '0 bytes stack frame, {} bytes spill stores, {} bytes spill loads',
+          'ptxas info    : Used 168 registers']
+  tune.check_registers([line.format(0, 0) for line in said])
+  with pytest.raises(tune.Unfit, match='156 bytes of registers'):
+    tune.check_registers([line.format(156, 160) for line in said])
+
+
+def test_where_there_is_nothing_to_tune(tiny, half, card, monkeypatch, tmp_path):
+  lines = []
+  tune.tune(bench_of(half, lines), ('context', 'vae'))
+  tune.tune(bench_of(tiny, lines), ('attention',))
+  assert lines == [
+      'nothing to tune in context, vae; suites with tiles: attention.',
+      *(f'nothing to tune for {name}: the kernel takes {pallas.LIMITS}.'
+        for name in ('block', 'compressed block'))]
+  monkeypatch.undo()
+  lines.clear()
+  run.run(tiny, (), TINY, tmp_path / 'out', config='tiny', tune=True, say=lines.append)
+  assert lines[-1] == 'nothing to tune: kernels of our own run on Hopper cards, this is cpu.'
+
+
 # --- long videos ----------------------------------------------------------------------------------
 
 
@@ -379,9 +500,10 @@ def test_mistakes_are_named_before_jax_is_imported(without_jax, tmp_path):
 
 def test_one_suite_of_random_weights(tmp_path):
   config = 'configs/wan/t2v_1_3b.py:tiny'
-  done = launch(f'--config={config}', '--suite=context', '--seconds=0.001',
+  done = launch(f'--config={config}', '--suite=context', '--seconds=0.001', '--tune',
                 f'--output={tmp_path}/out')
   assert done.returncode == 0, done.stderr
+  assert 'nothing to tune: kernels of our own run on Hopper cards' in done.stdout
   record = json.loads((tmp_path / 'out' / 'bench.json').read_text())
   assert (record['config'], record['model']['weights']) == (config, 'random')
   assert (record['model']['dtype'], list(record['suites'])) == ('bfloat16', ['context'])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pf_jax.kernels import rope
+from pf_jax.kernels import rope, tuning
 from pf_jax.kernels.attention import cudnn, reference
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool
 from pf_jax.kernels.context import Blocks, Segment, ready_made
@@ -47,7 +47,7 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, float8_keys: bool 
     segments: what is attended.
     float8_keys: multiply queries and keys in float8 (see `pallas_float8`).
     return_lse: as there.
-    tiles: `pallas_gpu.TileSpec`; None for the default.
+    tiles: `pallas_gpu.TileSpec`; None for the tuned ones, else the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
   return _attend(q, tuple(segments), float8_keys, return_lse, tiles, interpret)
@@ -77,10 +77,44 @@ def _attend(q: Array, segments: tuple[Segment | Blocks, ...], float8_keys: bool,
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out, lse = pallas_gpu.attend_pools(
       rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * columns), cos,
-      sin, pools, scales=scales, head_dim=head_dim, float8_keys=float8_keys, return_lse=return_lse,
-      tiles=tiles, interpret=interpret)
+      sin, pools, scales=scales, head_dim=head_dim, queries=tokens, float8_keys=float8_keys,
+      return_lse=return_lse, tiles=tiles or tuned(q, segments, float8_keys, return_lse),
+      interpret=interpret)
   out = out[:, :tokens].reshape(q.shape)
   return out if lse is None else (out, jnp.swapaxes(lse[:, :, :tokens], 1, 2))
+
+
+def shape_of(q: Array, segments: Sequence[Segment | Blocks]) -> str:
+  """What tiles are tuned for: queries, and the number and rows of each partition's blocks.
+
+  Such as 'bfloat16 1x6240x12x128 over 2x6240 16x182 1x6240 1x6240'; blocks in 8 bits say so:
+  '2x6240:int8'.
+  """
+  blocks = ' '.join(f'{number}x{rows}' + f':{segment.k.dtype}' * isinstance(segment.k, Quantized)
+                    for segment, (number, rows) in ((x, _blocks(x)) for x in segments))
+  return f'{q.dtype} {"x".join(map(str, q.shape))} over {blocks}'
+
+
+def _blocks(segment: Segment | Blocks) -> tuple[int, int]:
+  """How many are attended, and the rows of each."""
+  if isinstance(segment, Segment):
+    return 1, segment.k.shape[1]
+  return segment.valid.shape[1], segment.k.shape[-3]
+
+
+def tuned(q: Array, segments: Sequence[Segment | Blocks], float8_keys: bool = False,
+          return_lse: bool = False) -> Any:
+  """`pallas_gpu.TileSpec` that was fastest for these shapes on this device, else the default."""
+  from pf_jax.kernels.attention import pallas_gpu
+
+  quantized = any(isinstance(segment.k, Quantized) for segment in segments)
+  default = pallas_gpu.default(quantized)
+  name = 'attention in float8' if float8_keys else 'attention'
+  found = tuning.sizes(tuning.Problem.here(name, shape_of(q, segments)), default)
+  slots = sum(number for number, _ in map(_blocks, segments))
+  needed = found.shared_bytes(q.shape[-1], slots, quantized=quantized, float8_keys=float8_keys,
+                              return_lse=return_lse)
+  return found if needed <= pallas_gpu.SHARED_BYTES else default  # tuned without log-sum-exp
 
 
 def _aligned(x: Array) -> Array:

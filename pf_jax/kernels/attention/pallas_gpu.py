@@ -24,6 +24,7 @@ other way round. So the least time is three quarters of that in half precision.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pf_jax.kernels import mosaic
 from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, tile_table
 from pf_jax.types import Array
 
@@ -50,7 +52,7 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 @dataclasses.dataclass(frozen=True)
 class TileSpec:
-  """Sizes that are tuned for a card.
+  """Sizes that are tuned for a card (`pf_jax.kernels.tuning`).
 
   By default what needs no more registers than there are; larger tiles spill (BENCHMARKS.md).
 
@@ -103,9 +105,20 @@ class TileSpec:
     return queries + ring + stored + (2 * slots * columns + self.queries * return_lse) * full
 
 
+def default(quantized: bool) -> TileSpec:
+  """Tiles for any shape. What waits in 8 bits takes the place of a stage."""
+  return TileSpec(stages=2) if quantized else TileSpec()
+
+
+def candidates() -> list[TileSpec]:
+  """Tiles worth timing, the default first; not all fit any shape, nor into registers."""
+  sizes = itertools.product((3, 2), (32, 64, 96, 128, 192), (2, 3, 4))
+  return list(dict.fromkeys([TileSpec(), *(TileSpec(*size) for size in sizes)]))
+
+
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 scales: Sequence[Array], head_dim: int, float8_keys: bool = False,
-                 return_lse: bool = False, tiles: TileSpec | None = None, interpret: Any = None
+                 scales: Sequence[Array], head_dim: int, queries: int, float8_keys: bool = False,
+                 return_lse: bool = False, tiles: TileSpec = TileSpec(), interpret: Any = None
                  ) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
 
@@ -118,10 +131,11 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     pools: their batch may be smaller by a whole factor.
     scales: of keys and of values, each [B, r, N] float32; read where a pool has 8 bits.
     head_dim: H, a multiple of `COLUMNS`.
+    queries: how many of the T are no padding, for the count of operations.
     float8_keys: multiply in float8, in which all keys are; queries fit its numbers however they are
       turned.
     return_lse: also return the log-sum-exp; a kernel without it does not compute it.
-    tiles: sizes; None for the default.
+    tiles: sizes.
     interpret: parameters of Pallas' interpreter, on machines without the card.
 
   Returns:
@@ -131,8 +145,6 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     ValueError: more blocks than there is shared memory for.
   """
   stored = next((pool.k.dtype for pool in pools if pool.quantized), None)
-  if tiles is None:  # what waits in 8 bits takes the place of a stage
-    tiles = TileSpec() if stored is None else TileSpec(stages=2)
   kernel = _Kernel(q.dtype, stored, head_dim, tiles, float8_keys, return_lse,
                    interpret is not None)
   needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized=stored is not None,
@@ -144,18 +156,29 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   if return_lse:
     out_type.append(jax.ShapeDtypeStruct((batch, width // head_dim, tokens), jnp.float32))
-  options = {} if interpret is None else dict(interpret=interpret)
-  out, *lse = plgpu.kernel(
-      functools.partial(_program, pools=len(pools), kernel=kernel),
+  out, *lse = mosaic.kernel(
+      functools.partial(_program, pools=len(pools), kernel=kernel), name='attention',
       out_type=out_type, scratch_types=_scratch(kernel, cos.shape[1]),
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
-      num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **options)(q, turned, cos, sin, *scales, *tile_table(pools, batch, tiles.keys),
-                 *(x for pool in pools for x in (pool.k, pool.v)))
+      num_threads=tiles.warpgroups + 1, thread_name='warpgroup', interpret=interpret,
+      cost=_cost(q, turned, pools, out_type, head_dim, queries))(
+          q, turned, cos, sin, *scales, *tile_table(pools, batch, tiles.keys),
+          *(x for pool in pools for x in (pool.k, pool.v)))
   return out, lse[0] if lse else None
+
+
+def _cost(q: Array, turned: Array, pools: Sequence[Pool], out_type: Sequence[Any], head_dim: int,
+          queries: int) -> pl.CostEstimate:
+  """All slots count, empty ones included, as in `pf_jax.train.flops`."""
+  batch, _, width = q.shape
+  keys = sum(pool.chosen.shape[1] * pool.block_rows for pool in pools)
+  attended = sum(pool.chosen.size * pool.block_rows * width * (
+      pool.k.dtype.itemsize + pool.v.dtype.itemsize) for pool in pools)
+  return pl.CostEstimate(
+      flops=4 * batch * queries * keys * width,
+      transcendentals=batch * queries * keys * width // head_dim,
+      bytes_accessed=attended + sum(x.size * x.dtype.itemsize for x in (q, turned, *out_type)))
 
 
 class _Kernel(NamedTuple):

@@ -73,7 +73,7 @@ def assemble(parts: Sequence[Blocks], dtype='float32') -> Segment:
   return Segment(k, v, valid[:, slots], valid_first(valid, lengths))
 
 
-def ready_made(attended: Sequence[Segment | Blocks], dtype) -> list[Segment]:
+def ready_made(attended: Sequence[Segment | Blocks], dtype='float32') -> list[Segment]:
   """What is attended, all blocks of it as one segment before the others; see `assemble`."""
   blocks = [part for part in attended if isinstance(part, Blocks)]
   rest = [part for part in attended if isinstance(part, Segment)]

@@ -1,0 +1,44 @@
+"""Kernels of Pallas' Mosaic GPU that say what they cost, so that their operations can be counted.
+
+`plgpu.kernel` takes an estimate only in later versions of JAX than the oldest one that is
+supported; this is the same by way of `pl.kernel`, whose trace keeps it (`pf_jax.train.flops` reads
+it there).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def kernel(body: Callable[..., None], *, name: str, out_type: Any, scratch_types: Sequence[Any],
+           grid: tuple[int, ...], grid_names: tuple[str, ...], num_threads: int, thread_name: str,
+           cost: pl.CostEstimate, interpret: Any = None) -> Callable:
+  """A function of arrays that runs `body` on references to them, to its results and to scratch.
+
+  Args:
+    body: a program of the grid.
+    name: of the kernel, for profiles and reports.
+    out_type: shapes of the results.
+    scratch_types: shared memory and barriers of a program.
+    grid: programs along each axis.
+    grid_names: of the axes.
+    num_threads: warpgroups of a program.
+    thread_name: the axis that tells them apart.
+    cost: of the whole grid: operations of products without padding, bytes of global memory with
+      each operand and result once.
+    interpret: parameters of Pallas' interpreter, on machines without the card.
+  """
+  mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, num_threads=num_threads,
+                    thread_name=thread_name)
+
+  def with_scratch(*refs: Any) -> None:
+    pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=thread_name)
+
+  return pl.kernel(
+      with_scratch, out_type=out_type, mesh=mesh, name=name,
+      compiler_params=plgpu.CompilerParams(
+          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+      cost_estimate=cost, **({} if interpret is None else {'interpret': interpret}))
