@@ -12,10 +12,12 @@ from pf_jax.bench.case import Bench, Case
 from pf_jax.bench.subject import draw
 from pf_jax.bench.timing import Call
 from pf_jax.cache import CacheSpec, LayerCache, Layout
+from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Segment, attend
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d
 from pf_jax.kernels.platform import target_platform
+from pf_jax.kernels.rope import pallas
 from pf_jax.models.bundle import VideoModels
 from pf_jax.models.vae import ResBlock, Upsample
 from pf_jax.types import Array, KeyValues, tree_bytes
@@ -92,8 +94,31 @@ def packed(layer: LayerCache, selected: Array, blocks: Array, layout: Layout, *,
   return segment.k, segment.v
 
 
+def _rotated(bench: Bench) -> Case:
+  """Queries of a block, normed and rotated out of the product that keys and values come from."""
+  cache, dtype = bench.subject.spec.cache, bench.subject.dtype
+  width = cache.num_heads * cache.head_dim
+  scale, bias = array(width, dtype='float32'), array(width, dtype=dtype, seed=1)
+  product = array(1, cache.block_tokens, 3 * width, dtype=dtype, seed=2)
+  table = rope.rope_table(rope.block_positions(cache.grid), cache.head_dim)
+
+  def rotated(product: Array, implementation: str) -> Array:
+    return rope.norm_and_rotate(product, scale, table, bias=bias, implementation=implementation)
+
+  fits = target_platform() == 'cuda' and pallas.supports(product, table, bias, first=0)
+  calls = {'ours' if name == 'reference' else name: jitted(
+      functools.partial(rotated, implementation=name), product)
+      for name in rope.IMPLEMENTATIONS if fits or name == 'reference'}
+  queries = product[..., :width]
+  return Case(
+      'queries normed and rotated', {**calls, 'copy': jitted(jnp.copy, queries)}, dtype, flops=0,
+      bytes=2 * queries.nbytes + tree_bytes((scale, bias, table)), traced_flops=0,
+      shapes={'product': product.shape, 'queries': queries.shape},
+      absent={} if fits else {'pallas': f'needs a Hopper card, {pallas.LIMITS}'})
+
+
 def context(bench: Bench) -> list[Case]:
-  """Assembling one layer's history: gathered, moved in time, laid side by side."""
+  """Assembling one layer's history: gathered, moved in time, laid side by side; and queries."""
   spec, cache = bench.subject.spec.cache, bench.subject.state().cache
   layer = jax.tree.map(lambda x: x[0], cache.layers)
   inputs = (layer, bench.subject.selected(cache.blocks), cache.blocks,
@@ -106,7 +131,7 @@ def context(bench: Bench) -> list[Case]:
                     'copy': jitted(lambda rows: jax.tree.map(jnp.copy, rows), rows)},
       bench.subject.dtype, flops=0, bytes=2 * spec.context_bytes(),
       traced_flops=counts.traced(function, *inputs),
-      shapes={'keys': rows[0].shape, 'values': rows[1].shape})]
+      shapes={'keys': rows[0].shape, 'values': rows[1].shape}), _rotated(bench)]
 
 
 # --- convolutions ---------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pf_jax.kernels.attention import cudnn, pallas, partition, reference
+from pf_jax.kernels import partition
+from pf_jax.kernels.attention import cudnn, pallas, reference
 from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array

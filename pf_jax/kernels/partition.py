@@ -1,4 +1,4 @@
-"""Attention on several cards: each computes its own videos.
+"""Fused kernels on several cards: each computes its own videos.
 
 XLA may split any axis of an operand, and with weights split over cards it does: queries along
 tokens or heads. cuDNN's call then fails to compile. Here every card is handed whole rows of the
@@ -19,9 +19,9 @@ def over_batch(attend: Callable[[Array, Sequence], Array], q: Array, segments: S
   """Calls `attend(q, segments)` with the batch split over the mesh; all of it if it cannot be.
 
   Args:
-    attend: an implementation of attention.
-    q: [B, T, N, H].
-    segments: see `pf_jax.kernels.attention.api.attend`.
+    attend: an implementation of attention, or of anything else with a batch.
+    q: [B, ...].
+    segments: pytrees of arrays [b, ...] where b is 1 or divides B.
   """
   mesh = jax.sharding.get_abstract_mesh()
   sizes = {name: size for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes,
