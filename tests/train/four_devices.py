@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from pf_jax.kernels.attention import Blocks, Segment, attend, partition, reference
+from pf_jax.kernels import partition
+from pf_jax.kernels.attention import Blocks, Segment, attend, reference
 from pf_jax.kernels.context import assemble
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.train import sharding

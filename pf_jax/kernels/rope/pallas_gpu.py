@@ -31,8 +31,8 @@ class RowSpec:
   """Sizes that are tuned for a card.
 
   Attributes:
-    rows: of a program, as many for each of its 4 warps. With 8 of the 1.3B's six programs share a
-      multiprocessor, and all of a block runs at once.
+    rows: of a program, as many for each of its 4 warps. With 8 of the 1.3B's five programs share a
+      multiprocessor: some wait for their rows while others rotate theirs.
 
   Raises:
     ValueError: rows that warps cannot share out.
