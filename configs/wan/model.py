@@ -51,7 +51,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       num_buckets=32, max_distance=128, max_tokens=512, dtypes=dict(_HALF)))
   config.transformer = ConfigDict(dict(
       **sizes, in_channels=16, out_channels=16, patch=(1, 2, 2), time_width=256, text_width=4096,
-      remat=False, attention=placeholder(str), dtypes=dict(_HALF)))
+      remat=False, attention=placeholder(str),
+      rotation=placeholder(str), dtypes=dict(_HALF)))
   config.compressor = ConfigDict(dict(
       in_channels=16, channels=(32, 128, 512, 2048), width=sizes['width'],
       # An odd number of latent frames cannot be halved.

@@ -100,19 +100,19 @@ def _read(text: str) -> tuple[dict[str, _Computation], str | None]:
 
 def _instruction(line: str, computation: _Computation) -> None:
   """Notes what follows the ' = ' of an instruction: SHAPE OPERATION(OPERANDS), ATTRIBUTES."""
-  end = _shape_end(line)
+  end = shape_end(line)
   shape, (operation, _, rest) = line[:end], line[end:].lstrip().partition('(')
   kind = operation.removesuffix('-start')
   if kind in KINDS:
     paired = kind != operation and kind in _PAIRED and shape.startswith('(')
-    computation.own.append((kind, _bytes(_elements(shape)[1] if paired else shape)))
+    computation.own.append((kind, shape_bytes(_elements(shape)[1] if paired else shape)))
   known = _TRIPS.search(rest)
   for attribute, names in _CALLED.findall(rest):
     trips = 1 if attribute != 'body' else int(known[1]) if known else None
     computation.called.extend((name.strip(' {}%'), trips) for name in names.split(','))
 
 
-def _shape_end(line: str) -> int:
+def shape_end(line: str) -> int:
   """Where the shape at the beginning ends; tuples hold blanks, layouts hold parentheses."""
   depth = 0
   for position, character in enumerate(line):
@@ -133,7 +133,7 @@ def _elements(shape: str) -> list[str]:
   return parts
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
   """Of an array, or of all arrays of a tuple."""
   return sum(_bits(name) * math.prod(int(size) for size in sizes.split(',') if size) // 8
              for name, sizes in _ARRAY.findall(shape))

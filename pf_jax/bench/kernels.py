@@ -14,6 +14,7 @@ from pf_jax.bench.case import Bench, Case
 from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call
 from pf_jax.cache import CacheSpec, LayerCache, Layout
+from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Blocks, Segment, attend, pallas
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d
@@ -155,8 +156,31 @@ def packed(layer: LayerCache, selected: Array, blocks: Array, layout: Layout, *,
   return segment.k, segment.v
 
 
+def _rotated(bench: Bench) -> Case:
+  """Queries of a block, normed and rotated out of the product that keys and values come from."""
+  cache, dtype = bench.subject.spec.cache, bench.subject.dtype
+  width = cache.num_heads * cache.head_dim
+  scale, bias = array(width, dtype='float32'), array(width, dtype=dtype, seed=1)
+  product = array(1, cache.block_tokens, 3 * width, dtype=dtype, seed=2)
+  table = rope.rope_table(rope.block_positions(cache.grid), cache.head_dim)
+
+  def rotated(product: Array, implementation: str) -> Array:
+    return rope.norm_and_rotate(product, scale, table, bias=bias, implementation=implementation)
+
+  fits = target_platform() == 'cuda' and rope.pallas.supports(product, table, bias, first=0)
+  calls = {'ours' if name == 'reference' else name: jitted(
+      functools.partial(rotated, implementation=name), product)
+      for name in rope.IMPLEMENTATIONS if fits or name == 'reference'}
+  queries = product[..., :width]
+  return Case(
+      'queries normed and rotated', {**calls, 'copy': jitted(jnp.copy, queries)}, dtype, flops=0,
+      bytes=2 * queries.nbytes + tree_bytes((scale, bias, table)), traced_flops=0,
+      shapes={'product': product.shape, 'queries': queries.shape},
+      absent={} if fits else {'pallas': f'needs a Hopper card, {rope.pallas.LIMITS}'})
+
+
 def context(bench: Bench) -> list[Case]:
-  """Assembling one layer's history: gathered, moved in time, laid side by side."""
+  """Assembling one layer's history: gathered, moved in time, laid side by side; and queries."""
   spec, cache = bench.subject.spec.cache, bench.subject.state().cache
   layer = jax.tree.map(lambda x: x[0], cache.layers)
   inputs = (layer, bench.subject.selected(cache.blocks), cache.blocks,
@@ -170,7 +194,7 @@ def context(bench: Bench) -> list[Case]:
       bench.subject.dtype, flops=0,
       bytes=spec.attended_bytes() + spec.context_bytes(),
       traced_flops=counts.traced(function, *inputs),
-      shapes={'keys': rows[0].shape, 'values': rows[1].shape})]
+      shapes={'keys': rows[0].shape, 'values': rows[1].shape}), _rotated(bench)]
 
 
 # --- convolutions ---------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class TransformerSpec:
     text_width: of the text encoder's rows.
     remat: recompute each layer's activations in the backward pass instead of keeping them.
     attention: backend of self-attention, see `pf_jax.kernels.attention.attend`; None chooses.
+    rotation: of norming and rotating its queries and keys, see `pf_jax.kernels.rope`; None chooses.
     dtypes: precision.
 
   Raises:
@@ -67,6 +68,7 @@ class TransformerSpec:
   text_width: int = 64
   remat: bool = False
   attention: str | None = None
+  rotation: str | None = None
   dtypes: DTypes = DTypes()
 
   def __post_init__(self):
@@ -79,6 +81,9 @@ class TransformerSpec:
                        f'change one of them.')
     if self.time_width % 2:
       raise ValueError(f'time_width={self.time_width} must be even: cosines and sines share it.')
+    if self.rotation not in (None, *rope.IMPLEMENTATIONS):
+      raise ValueError(f'rotation={self.rotation!r} is unknown; use one of '
+                       f'{list(rope.IMPLEMENTATIONS)} or None.')
     rope.rope_pairs(self.head_dim)
 
   @classmethod
@@ -166,6 +171,7 @@ class Attention(nnx.Module):
     self.norm_q = RmsNorm(spec.width)
     self.norm_k = RmsNorm(spec.width)
     self.heads = spec.num_heads
+    self.rotation = spec.rotation
 
   def _split(self, x: Array) -> Array:
     return einops.rearrange(x, 'b t (n h) -> b t n h', n=self.heads)
@@ -177,6 +183,31 @@ class Attention(nnx.Module):
   def keys_values(self, x: Array) -> KeyValues:
     """[B, T, D] -> keys (normed) and values (not), each [B, T, N, H]."""
     return KeyValues(self._split(self.norm_k(self.k(x))), self._split(self.v(x)))
+
+  def rotated(self, x: Array, table: rope.RopeTable) -> tuple[Array, KeyValues]:
+    """[B, T, D] -> queries, and keys with their values; queries and keys normed and rotated."""
+    if self.rotation == 'pallas' and all(
+        isinstance(layer, nnx.Linear) for layer in (self.q, self.k, self.v)):
+      return self._rotated_out_of_one_product(x, table)
+    q, k = (rope.norm_and_rotate(layer(x), norm.scale[...], table, eps=EPS)
+            for layer, norm in ((self.q, self.norm_q), (self.k, self.norm_k)))
+    return q, KeyValues(k, self._split(self.v(x)))
+
+  def _rotated_out_of_one_product(self, x: Array, table: rope.RopeTable
+                                  ) -> tuple[Array, KeyValues]:
+    """The same by the kernel, which reads its columns and adds their bias by itself.
+
+    XLA makes one product of the three anyway, and would copy queries and keys out of it for a
+    kernel that wants them alone. (Layers with adapters, which are only trained, do without.)
+    """
+    layers, dtype, width = (self.q, self.k, self.v), self.q.dtype, x.shape[-1]
+    kernel, bias = (jnp.concatenate([getattr(layer, name)[...] for layer in layers], axis=-1)
+                    .astype(dtype) for name in ('kernel', 'bias'))
+    product = x.astype(dtype) @ kernel
+    q, k = (rope.norm_and_rotate(product, norm.scale[...], table, bias=bias[first:first + width],
+                                 first=first, eps=EPS, implementation='pallas')
+            for norm, first in ((self.norm_q, 0), (self.norm_k, width)))
+    return q, KeyValues(k, self._split(product[..., 2 * width:] + bias[2 * width:]))
 
   def project(self, heads: Array) -> Array:
     """[B, T, N, H] -> [B, T, D]."""
@@ -231,9 +262,7 @@ class Layer(nnx.Module):
     shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(stream)
     x, attn = stream.x, self.self_attn
     normed = layer_norm(x) * (1 + scale1) + shift1
-    q = rope.rotate(attn.queries(normed), stream.table)
-    own = attn.keys_values(normed)
-    own = KeyValues(rope.rotate(own.k, stream.table), own.v)
+    q, own = attn.rotated(normed, stream.table)
     context, aux = history(q)
     attended = attend(q, [*context, Segment(own.k, own.v)], implementation=self.backend)
     x = x + attn.project(attended).astype(jnp.float32) * gate1

@@ -11,7 +11,7 @@ does not divide it, the longest axis that it divides. The axis of stacked layers
 a scan slices it, and would gather all layers at once. Small arrays stay whole.
 
 Programs are to be traced under the mesh, `with jax.set_mesh(mesh(...))`: attention then stays on
-its card (`pf_jax.kernels.attention.partition`), and `constrain` knows where results belong.
+its card (`pf_jax.kernels.partition`), and `constrain` knows where results belong.
 """
 
 import math

@@ -3,23 +3,31 @@
 import dataclasses
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.wan import t2v_1_3b
 from launch.build import build
 from pf_jax.aot import ptxas
-from pf_jax.aot.compile import compile_for
+from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
+from pf_jax.aot.traffic import kernels as counted
+from pf_jax.kernels import rope
 from pf_jax.kernels.attention import attend, pallas, pallas_gpu
+from pf_jax.kernels.context import Segment, assemble
 from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec
+from pf_jax.models.transformer import Attention, RmsNorm, TransformerSpec
 from pf_jax.pipeline import rollout_spec
 from pf_jax.rollout import block as block_lib
-from pf_jax.types import tree_bytes
+from pf_jax.types import DTypes, tree_bytes
 from tests.kernels.test_pallas import at_full_size
+from tests.kernels.test_rope import full_size
 
 H200 = TARGETS['h200']
 
@@ -108,12 +116,12 @@ def test_spills_are_seen():
 
 
 @pytest.mark.parametrize(('storage', 'dtype'), [('full', 'bf16'), ('int8', 's8')])
-def test_a_whole_block_of_the_1_3b_with_it(storage, dtype):
+def test_a_whole_block_of_the_1_3b_with_our_kernels(storage, dtype):
   config = t2v_1_3b.get_config()
   config.cache.storage = storage
   model = build(ModelSpec, config.model)
-  model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer,
-                                                                     attention='pallas'))
+  model = dataclasses.replace(model, transformer=dataclasses.replace(
+      model.transformer, attention='pallas', rotation='pallas'))
   spec = rollout_spec(model, {name: {key: value for key, value in config[name].items()
                                      if value is not None} for name in ('cache', 'sampler')})
   models = bundle.shapes(model).without_text()
@@ -132,3 +140,131 @@ def test_a_whole_block_of_the_1_3b_with_it(storage, dtype):
   archive = shapes.state.cache.layers.archive.k.shape
   assert f'{dtype}[1,{",".join(map(str, archive[1:]))}]' not in alone.executable.as_text()
   print(f'traced in {report.trace_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s')
+
+
+# --- norm and rotation ----------------------------------------------------------------------------
+
+
+def moved(report, *, at_least=1e6):
+  """(read, written) of each kernel of a program but for small ones, in order."""
+  found = counted(report.executable.as_text())
+  print(*found, sep='\n')
+  return [(kernel.read, kernel.written) for kernel in found if kernel.moved > at_least]
+
+
+def test_xla_reads_queries_twice_and_writes_them_once():
+  x, scale, table, _, _ = full_size(products=1)
+  report, _ = compiled(rope.norm_and_rotate, (x, scale, table))
+  (sums, rotated) = moved(report)
+  assert sums == pytest.approx((tree_bytes(x), 0), rel=0.01, abs=1e5)
+  assert rotated == pytest.approx((tree_bytes((x, table)), tree_bytes(x)), rel=0.01)
+
+
+def test_apart_xla_writes_what_is_normed_as_well():
+  """The mutation: `RmsNorm`, heads, `rope.rotate`, as the transformer wrote it before."""
+  x, scale, table, _, _ = full_size(products=1)
+
+  def apart(x, scale, table):
+    norm = RmsNorm(1536)
+    norm.scale[...] = scale
+    return rope.rotate(norm(x).reshape(1, -1, 12, 128), table)
+
+  report, _ = compiled(apart, (x, scale, table))
+  assert sum(map(sum, moved(report))) == pytest.approx(
+      4 * tree_bytes(x) + tree_bytes(table), rel=0.01)
+
+
+@pytest.mark.parametrize(('width', 'tokens'), [(1536, 6240), (1536, 182), (5120, 6240)])
+def test_the_kernel_reads_and_writes_queries_once(width, tokens):
+  x, scale, table, _, _ = full_size(width, tokens, products=1)
+  report, [kernel] = compiled(functools.partial(rope.norm_and_rotate, implementation='pallas'),
+                              (x, scale, table))
+  assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0)
+  assert kernel.registers <= 64
+  # Besides, scales of first and second numbers are put apart. Pairs are words without a copy.
+  small = 16 * width * 4
+  [(read, written)] = moved(report, at_least=small)
+  assert tree_bytes((x, table)) <= read <= tree_bytes((x, table)) + small
+  assert written == tree_bytes(x)
+
+
+def test_each_card_rotates_its_own_videos():
+  x, scale, table, _, first = full_size(tokens=1024)
+  x = jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype, sharding=NamedSharding(
+      device_mesh(H200, 8), PartitionSpec('data')))
+  report, [_] = compiled(functools.partial(rope.norm_and_rotate, first=first,
+                                           implementation='pallas'),
+                         (x, scale, table), devices=8)
+  text = report.executable.as_text()
+  assert re.search(r'u32\[1,1024,12,64\]\S* custom-call', text)
+  assert 'all-gather' not in text
+
+
+@functools.cache
+def rotated_and_attended(attention, rotation):
+  """Kernels of self-attention of the 1.3B, from a layer's tokens to what its heads read."""
+  dtypes = DTypes('bfloat16', 'bfloat16', 'bfloat16')
+  spec = TransformerSpec.wan_1_3b(attention=attention, rotation=rotation, dtypes=dtypes)
+  module = jax.eval_shape(lambda: Attention(spec, rngs=nnx.Rngs(0)))
+  _, [*history, _] = at_full_size()
+  _, _, table, _, _ = full_size()
+
+  def function(module, x, table, history):
+    q, own = module.rotated(x, table)
+    return attend(q, [*history, Segment(*own)], implementation=attention)
+
+  x = jax.ShapeDtypeStruct((1, 6240, 1536), jnp.bfloat16)
+  report, kernels = compiled(function, (module, x, table, history))
+  assert all(kernel.spill_store_bytes == 0 for kernel in kernels)
+  return tree_bytes(x), tree_bytes(table), moved(report)
+
+
+def test_xla_rotates_keys_where_it_packs_them():
+  """Before cuDNN: the product, two sums, rotated queries, and rows of keys and of values."""
+  x, table, found = rotated_and_attended(None, None)
+  rows = (21_632 + 6240) * 1536 * 2
+  found = sorted(found[1:-1], key=sum)
+  assert [sum(pair) for pair in found] == pytest.approx(
+      [x, x, 2 * x + table, 2 * rows, 2 * rows + table], rel=0.01)
+
+
+def test_the_kernel_reads_its_columns_out_of_the_product():
+  """Before our attention: nothing between the product and the kernels but the values' bias."""
+  x, _, kernel = rotated_and_attended('pallas', 'pallas')
+  *_, xla = rotated_and_attended('pallas', None)
+  written = [write for _, write in kernel[1:-1]]
+  assert sorted(written) == pytest.approx([x / 2, x, x, x], rel=0.01)  # x / 2 turned for attention
+  # Each of the two kernels reads a third of the product that it is handed.
+  ours = sum(map(sum, kernel)) - 2 * (2 * x)
+  assert sum(map(sum, xla)) - ours == pytest.approx(2 * x, rel=0.05)
+
+
+# --- the history ----------------------------------------------------------------------------------
+
+
+def test_the_history_is_assembled_in_one_pass():
+  """Keys and values, out of the cache of all layers: as many bytes as a copy moves."""
+  _, [*history, _] = at_full_size()
+  stacked = [blocks._replace(layer=jax.ShapeDtypeStruct((), jnp.int32), **{
+      name: jax.ShapeDtypeStruct((30, *x.shape), x.dtype)
+      for name, x in (('k', blocks.k), ('v', blocks.v))}) for blocks in history]
+  for given in (history, stacked):
+    report, _ = compiled(assemble, (given,))
+    rows = 21_632 * 1536 * 2
+    found = moved(report)
+    assert len(found) == 2
+    for pair in found:
+      assert pair == pytest.approx((rows, rows), rel=0.01)
+
+
+def test_a_second_pass_over_the_history_shows():
+  """The mutation: keys are gathered first and moved afterwards."""
+  _, [*history, _] = at_full_size()
+
+  def twice(history):
+    segment = assemble(history)
+    k = jax.lax.optimization_barrier(segment.k)
+    return rope.rotate_time(k, jnp.ones(k.shape[:2])), segment.v
+
+  report, _ = compiled(twice, (history,))
+  assert len(moved(report)) == 3

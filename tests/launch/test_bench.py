@@ -176,7 +176,7 @@ def test_every_case_counts_what_was_worked_out_by_hand(found):
   assert both['attention'] == {
       'block over history': 4 * T * (HISTORY + T) * D,
       'compressed block over history': 4 * M * (HISTORY + M) * D, 'block over text': 4 * T * R * D}
-  assert both['context'] == {'one layer': 0}
+  assert both['context'] == {'one layer': 0, 'queries normed and rotated': 0}
   frames = {name: count for name, count in both['conv3d'].items() if 'decoder' in name}
   assert frames == {'decoder stage 0': conv(4, 4, 6, 4, 4), 'decoder stage 1': conv(8, 8, 12, 4, 4),
                     'decoder stage 2': conv(16, 16, 24, 4, 4),
@@ -194,8 +194,10 @@ def test_bytes_by_hand(found):
   moved = {case['name']: case['bytes'] for cases in found[0]['suites'].values() for case in cases}
   assert moved['block over history'] == 4 * D * (T + 2 * (HISTORY + T) + T)
   assert moved['one layer'] > 0
-  (context,) = found[0]['suites']['context']
+  context, _ = found[0]['suites']['context']
   assert context['bytes'] == 2 * 2 * HISTORY * D * 4  # keys and values, read and written
+  head = D // 2
+  assert moved['queries normed and rotated'] == 4 * (T * D + D + D + 2 * T * head // 2 + T * D)
   assert moved['decoder stage 1'] == 4 * (10 * 96 * 4 + 8 * 96 * 4 + 27 * 16 + 4)
 
 
@@ -255,7 +257,7 @@ def test_every_call_is_timed_and_compared(found):
            for suite, cases in found[0]['suites'].items()}
   assert {tuple(calls) for calls in names['conv3d']} == {tuple(kernels.IMPLEMENTATIONS)}
   assert names['rollout'] == [['blocks 4 to 5', 'blocks 2 to 3']]
-  assert names['context'] == [['ours', 'copy']]
+  assert names['context'] == [['ours', 'copy']] * 2
   assert all(calls[:2] == ['ours', 'jax.nn (xla)'] for calls in names['attention'])
 
 

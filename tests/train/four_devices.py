@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from pf_jax.kernels.attention import Blocks, Segment, attend, partition, reference
+from pf_jax.kernels.attention import Blocks, Segment, attend, pallas, reference
 from pf_jax.kernels.context import assemble
 from pf_jax.models.transformer import CausalTransformer
 from pf_jax.train import sharding
@@ -166,7 +166,7 @@ def test_each_device_attends_with_its_own_videos(batches):
 @pytest.mark.parametrize('layers', [0, 3])
 @pytest.mark.parametrize(('videos', 'flags'), [(4, 4), (4, 1), (1, 1)],
                          ids=['own', 'flags for all', 'for all'])
-def test_each_device_reads_blocks_of_its_own_videos(videos, flags, layers):
+def test_each_device_reads_blocks_of_its_own_videos(videos, flags, layers, monkeypatch):
   """A backend that is handed blocks; positions and choices may be those of all videos."""
   rng = np.random.default_rng(0)
   blocks = Blocks(*(jnp.asarray(rng.standard_normal((videos, 3, 2, 2, 8)), jnp.float32)
@@ -179,9 +179,11 @@ def test_each_device_reads_blocks_of_its_own_videos(videos, flags, layers):
     return reference.attend(q, [assemble(segments)])
 
   wanted = backend(q, [blocks])
+  monkeypatch.setattr(pallas, 'supports', lambda q, segments: True)
+  monkeypatch.setattr(pallas, 'attend', backend)
   with jax.set_mesh(FOUR):
     if layers:  # the last of them is attended
       k, v = (jnp.stack([jnp.full_like(x, jnp.nan)] * (layers - 1) + [x]) for x in blocks[:2])
       blocks = blocks._replace(k=k, v=v, layer=jnp.int32(layers - 1))
-    got = jax.jit(lambda q, blocks: partition.over_batch(backend, q, [blocks]))(q, blocks)
+    got = jax.jit(lambda q, blocks: attend(q, [blocks], implementation='pallas'))(q, blocks)
   assert_close(got, wanted, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,8 @@ from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 
-from pf_jax.kernels.attention import cudnn, pallas, pallas_float8, partition, reference
+from pf_jax.kernels import partition
+from pf_jax.kernels.attention import cudnn, pallas, pallas_float8, reference
 from pf_jax.kernels.context import Blocks, Segment, ready_made
 from pf_jax.kernels.platform import target_platform
 from pf_jax.types import Array
@@ -63,6 +64,8 @@ def attend(q: Array, segments: Sequence[Segment | Blocks], *, implementation: st
     raise ValueError(f'{implementation=} is unknown; use one of {sorted(BACKENDS)} or None.')
   if implementation not in READ_BLOCKS:
     segments = ready_made(segments, q.dtype)
+  elif partition.cards() > 1:  # of a whole cache each card would be handed other layers
+    segments = [x.one_layer() if isinstance(x, Blocks) else x for x in segments]
   if implementation is None:
     # The fused kernel of our own is not chosen by itself before it was measured on a card.
     fits = target_platform() == 'cuda' and cudnn.supports(q, segments) and not return_lse

@@ -15,6 +15,7 @@ arXiv:2603.25730, section on temporal RoPE adjustment.
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -78,6 +79,20 @@ def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
 def rotate(x: Array, table: RopeTable) -> Array:
   """Rotates heads [..., T, N, H] by their tokens' table; computes in float32, keeps x's dtype."""
   return _rotate_pairs(x, table.cos[:, None], table.sin[:, None])
+
+
+def norm_and_rotate(x: Array, scale: Array, table: RopeTable, bias: Array | None, *, first: int,
+                    eps: float) -> Array:
+  """See `pf_jax.kernels.rope.api.norm_and_rotate`."""
+  x = x[..., first:first + scale.shape[0]]
+  x = x if bias is None else x + bias
+  x32 = x.astype(jnp.float32)
+  norm = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+  # XLA's fusions for cards can norm or rotate. Left alone, it writes what is normed and reads it
+  # again; so it reads x twice, once for the sums alone, and writes nothing in between.
+  norm = jax.lax.optimization_barrier(norm)
+  normed = (x32 * norm * scale).astype(x.dtype)
+  return rotate(normed.reshape(*x.shape[:-1], -1, 2 * table.cos.shape[-1]), table)
 
 
 def time_angles(positions: Array, head_dim: int) -> Array:
