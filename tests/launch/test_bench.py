@@ -416,7 +416,7 @@ def test_a_compilation_and_a_leak_are_noticed(tiny):
   with CompileCounter() as compilations:
     race = long.Race(Bench(tiny, TINY, Ceilings(TINY), compilations))
     assert race.compiled() == 0
-    jax.jit(lambda x: x + 1)(jnp.float32(1))
+    jax.jit(lambda x: x + 1)(np.float32(1))
     assert race.compiled() == 1
     compilations.works = False
     assert race.compiled() is None
