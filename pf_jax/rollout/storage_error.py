@@ -26,7 +26,8 @@ def _stored(blocks: Blocks, storage: str) -> Blocks:
 
 
 def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, keys: Array,
-                     storages: Sequence[str], *, spec: RolloutSpec) -> dict[str, Array]:
+                     storages: Sequence[str], *, spec: RolloutSpec, products: Sequence[str] = ()
+                     ) -> dict[str, Array]:
   """Error of attending the history in a block's first pass, by layer.
 
   Args:
@@ -36,9 +37,12 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     keys: [B] typed random keys, one per video.
     storages: dtypes to store them in: those of `quantization.DTYPES`, or e.g. 'bfloat16'.
     spec: static choices.
+    products: of the dtypes of 8 bits, those in which queries are rounded too (as for
+      'pallas_float8'; there anew for every block that they are turned to).
 
   Returns:
-    [L] for each of `storages`: root mean square of the error over that of the exact result.
+    [L] for each of `storages`, and for '... products' of each of `products`: root mean square of
+    the error over that of the exact result.
   """
   blocks = state.cache.blocks
   layout = cache_lib.layout(blocks, spec.cache)
@@ -47,9 +51,15 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     selected = cache_lib.select(layer, q, blocks, spec=spec.cache)
     history = cache_lib.context(layer, selected, blocks, layout, spec=spec.cache)
     exact = attend(q, history)
-    errors = {name: jnp.sqrt(jnp.mean(jnp.square(
-        attend(q, [_stored(part, name) for part in history]) - exact)) / jnp.mean(exact**2))
-              for name in storages}
+
+    def error(q: Array, storage: str) -> Array:
+      found = attend(q, [_stored(part, storage) for part in history])
+      return jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
+
+    errors = {name: error(q, name) for name in storages}
+    for name in products:
+      rounded = quantization.dequantize(quantization.quantize(q, name), q.dtype)
+      errors[f'{name} products'] = error(rounded, name)
     return history, errors
 
   noise = block_lib.block_noise(keys, blocks, 0, models.spec.video.block_latent_shape)

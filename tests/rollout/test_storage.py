@@ -37,7 +37,8 @@ def test_error_of_attention(whole):
   programs = pipeline.programs(len(PROMPTS))
   text = programs.text_keys_values(pipeline.prompts(PROMPTS))
   keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-  errors = jax.jit(functools.partial(attention_errors, storages=STORAGES, spec=pipeline.spec))(
+  errors = jax.jit(functools.partial(attention_errors, storages=STORAGES,
+                                     products=STORAGES[-1:], spec=pipeline.spec))(
       pipeline.models, block.state, text, keys)
   for name, layers in errors.items():
     print(name, *(f'{float(error):.5f}' for error in layers))
@@ -49,6 +50,9 @@ def test_error_of_attention(whole):
   assert int8.mean() < 4 * exact.mean()
   assert (float8 > int8).all()
   assert float8.max() < 0.04
+  products = np.asarray(errors['float8_e4m3fn products'])
+  assert (products > float8).all()
+  assert products.max() < 0.05
 
 
 @pytest.mark.parametrize(('storage', 'allowed'), [('int8', 0.05), ('float8_e4m3fn', 0.1)])
