@@ -59,6 +59,7 @@ CASES = {
     'two videos, columns of a wider product': lambda: case(2, 12, 2, 128, before=2, after=1),
     'no bias, tokens near the epsilon': lambda: case(1, 8, 2, 128, biased=False, small=(2, 5)),
     'the 1.3B': lambda: case(1, 10, 12, 128),
+    'the 14B': lambda: case(1, 5, 40, 128),
 }
 
 
