@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.wan import t2v_1_3b
 from launch.build import build
+from pf_jax.aot import host
 from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
 from pf_jax.kernels.attention import Segment, attend
@@ -164,6 +165,7 @@ def test_a_whole_steady_block_fits_and_updates_its_state_in_place(storage, total
   # The VAE's decoder is 4.9 GB of it. A copy of the archive would add 4.3.
   assert report.scratch_bytes < 6.5 * GB
   assert report.total_bytes < total * GB < H200.info.device_memory_size
+  assert host.round_trips(report.executable.as_text()) == []
 
 
 @pytest.mark.slow
