@@ -114,7 +114,9 @@ def test_the_gradient_is_the_library_s(return_lse, without_the_card):
 def test_refuses_what_the_kernel_cannot_read():
   q, (sink, *_) = CASES['a hole in the middle']
   half = sink._replace(k=sink.k[:, :1, :63], v=sink.v[:, :1, :63])
-  for segments in ([half], [assemble([sink])], [jax.tree.map(jnp.float32, sink)]):
+  int8, float8 = (interpreted.in_8_bits(sink, dtype) for dtype in ('int8', 'float8_e4m3fn'))
+  for segments in ([half], [assemble([sink])], [jax.tree.map(jnp.float32, sink)],
+                   [int8, float8], [sink._replace(v=int8.v)]):
     with pytest.raises(ValueError, match=r'pallas takes bfloat16 .* queries bfloat16\[1, 64, 1'):
       attend(q, segments, implementation='pallas')
   with pytest.raises(ValueError, match=r'pallas_float8 takes .*; all blocks in float8_e4m3fn'):

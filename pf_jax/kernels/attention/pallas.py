@@ -20,8 +20,8 @@ from pf_jax.kernels.quantization import Quantized, largest, quantize
 from pf_jax.types import Array, PyTree
 
 FLOAT8 = 'float8_e4m3fn'
-LIMITS = ('bfloat16 or float16, blocks also in 8 bits, heads of 64 or 128, blocks of a cache whose '
-          f'rows are a multiple of {ALIGNMENT} in all, and segments without empty slots')
+LIMITS = ('bfloat16 or float16, blocks also in 8 bits of one kind, heads of 64 or 128, blocks of a '
+          f'cache whose rows are a multiple of {ALIGNMENT} in all, segments without empty slots')
 
 
 def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
@@ -29,12 +29,13 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
   def fits(segment: Segment | Blocks) -> bool:
     if isinstance(segment, Segment):
       return segment.valid is None
-    return segment.k.shape[-4] * segment.k.shape[-3] % ALIGNMENT == 0
+    return (segment.k.shape[-4] * segment.k.shape[-3] % ALIGNMENT == 0
+            and isinstance(segment.k, Quantized) == isinstance(segment.v, Quantized))
 
-  whole = [x for segment in segments for x in (segment.k, segment.v)
-           if not isinstance(x, Quantized)]
-  dtypes = {q.dtype, *(x.dtype for x in whole)}
-  return (dtypes in ({jnp.dtype('bfloat16')}, {jnp.dtype('float16')})
+  arrays = [x for segment in segments for x in (segment.k, segment.v)]
+  stored = {x.dtype for x in arrays if isinstance(x, Quantized)}
+  whole = {q.dtype, *(x.dtype for x in arrays if not isinstance(x, Quantized))}
+  return (whole in ({jnp.dtype('bfloat16')}, {jnp.dtype('float16')}) and len(stored) <= 1
           and q.shape[-1] in (COLUMNS, 2 * COLUMNS) and all(map(fits, segments)))
 
 
