@@ -7,7 +7,7 @@ and the time that they take at least, registers of Pallas kernels, exchanges bet
 aot.json and aot.md into --output and prints the tables; both files grow with every program that is
 finished. Configs of sampling have the programs denoise, finish, block, switch, and with --blocks=N
 a whole rollout; configs of training have their steps and what runs between them.
---program=NAME,... chooses some. Nothing is loaded or run, and no GPU is used.
+--program=NAME,... chooses some. Nothing is loaded or run, and no GPU or TPU is used.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from launch import config_flags
 from launch.build import ConfigError, build, nearest
 
 config_flags.define_config()
-flags.DEFINE_string('target', 'h200', 'The machine: h200, h100, or h200x8 for eight in one host.')
+flags.DEFINE_string('target', 'h200', 'The machine: h200, h100, h200x8 for eight in one host, or '
+                    'v5e, a TPU chip.')
 flags.DEFINE_string('output', None, 'Directory of aot.json and aot.md.')
 flags.DEFINE_list('program', [], 'Names of programs; default: all.')
 flags.DEFINE_integer('blocks', 0, 'Of sampling: also compile a rollout of so many blocks.')
@@ -37,9 +38,8 @@ def _aot() -> int:
   args = flags.FLAGS
   if args.target not in MACHINES:
     names = ', '.join(MACHINES)
-    reason = ('is not offered' if args.target.lower().startswith(('v4', 'v5', 'v6', 'tpu'))
-              else f'is unknown{nearest(args.target, MACHINES)}')
-    raise ConfigError(f'--target={args.target} {reason}; use one of {names}.')
+    raise ConfigError(f'--target={args.target} is unknown{nearest(args.target, MACHINES)}; use one '
+                      f'of {names}.')
   trains = _trains(args.config)
   if not trains:
     _check_names(args.program, SAMPLING)
@@ -223,11 +223,12 @@ def _report(program: Any, machine: Any, kernels: Any) -> Any:
     uncounted = str(error)
   if moved == 0:  # nothing but elementwise work: it is read and written once
     moved = machine.devices * (made.argument_bytes + made.output_bytes)
-  text = made.executable.as_text() or ''
+  text = (made.executable.as_text() or '') if made.executable else ''
   return ProgramReport(
       program.name, program.title, made.argument_bytes, made.output_bytes, made.alias_bytes,
       made.scratch_bytes, made.trace_seconds, made.compile_seconds, operations, moved, uncounted,
-      kernels.of(text, '\n'.join(lines)), hlo.collectives(text))
+      kernels.of(text, '\n'.join(lines)),
+      hlo.collectives(text) if made.executable else hlo.Collectives({}, True), made.refused)
 
 
 if __name__ == '__main__':

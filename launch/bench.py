@@ -26,8 +26,8 @@ config_flags.define_config()
 flags.DEFINE_string('suite', 'all', 'Comma list of attention, context, conv3d, vae, block and '
                     'rollout.')
 flags.DEFINE_string('output', None, 'Directory of bench.json and bench.md.')
-flags.DEFINE_string('profile', None, 'Directory for a trace of one turn of each suite, for XProf '
-                    'or Perfetto.')
+flags.DEFINE_string('profile', None, 'New directory for a trace of one turn of each suite, for '
+                    'XProf or Perfetto.')
 flags.DEFINE_boolean('tune', False, 'First time the tiles of our own kernels in these suites '
                      'and keep the fastest for later programs; on a card.')
 flags.DEFINE_float('seconds', 1.0, 'To measure each call of a case, roughly.')

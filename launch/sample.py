@@ -6,6 +6,7 @@
 A prompt may change on the way: --prompt="a white three ... | 40: a white seven ..." (at block 40).
 Ctrl-C, SIGTERM and even SIGKILL leave what is finished playable; the same command with --resume
 continues bit for bit. --dry_run says what memory a run takes and makes nothing.
+--profile=DIR traces a few blocks.
 
 Released weights (Wan2.1, Self-Forcing) are sampled with the configs of configs/wan:
 
@@ -41,6 +42,10 @@ flags.DEFINE_float('init_seconds', 5.0, 'Longest piece of --init_video that is u
 flags.DEFINE_bool('overwrite', False, 'Replace files of the same names.')
 flags.DEFINE_bool('resume', False, 'Continue a run that was cut short.')
 flags.DEFINE_bool('save_latents', False, 'Keep latents for launch.decode.')
+flags.DEFINE_string('profile', None, 'New directory for a trace of some blocks, for XProf or '
+                    'Perfetto.')
+flags.DEFINE_integer('profile_first', 2, 'With --profile: the first block to trace.')
+flags.DEFINE_integer('profile_blocks', 3, 'With --profile: how many blocks to trace.')
 flags.DEFINE_bool('dry_run', False, 'Print the memory plan and stop.')
 flags.DEFINE_string('target', None, 'With --dry_run: compile a block for this card (h200, h100).')
 flags.DEFINE_float('memory_gb', None, 'With --dry_run: memory to fit into; default: this device.')
@@ -85,6 +90,7 @@ def _sample() -> int:
 
   args = flags.FLAGS
   _check_flags(args)
+  trace = _trace(args)
   try:
     prompts = ((args.prompt,) if args.prompts is None
                else request_lib.read_prompts(args.prompts))
@@ -93,7 +99,24 @@ def _sample() -> int:
     raise ConfigError(str(error)) from error
   spec = build(SampleSpec, {name: args.config[name] for name in args.config if name != 'model'},
                'config')
-  return _run(request, spec, args)
+  return _run(request, spec, trace, args)
+
+
+def _trace(args: Any) -> Any:
+  """`TraceSpec`, or None."""
+  from pf_jax.sampling.config import TraceSpec  # no JAX inside
+
+  for name in ('profile_first', 'profile_blocks'):
+    if flags.FLAGS[name].present and args.profile is None:
+      raise ConfigError(f'--{name} chooses what --profile traces, which is missing.')
+  if args.profile is None:
+    return None
+  if args.dry_run:
+    raise ConfigError('--profile traces a run and --dry_run makes none; give one of them.')
+  try:
+    return TraceSpec(args.profile, args.profile_first, args.profile_blocks)
+  except ValueError as error:
+    raise ConfigError(f'--profile_first, --profile_blocks: {error}') from error
 
 
 def _beginning(args: Any) -> Any:
@@ -109,7 +132,7 @@ def _beginning(args: Any) -> Any:
     raise ConfigError(f'--init_video: {error}') from error
 
 
-def _run(request: Any, spec: Any, args: Any) -> int:
+def _run(request: Any, spec: Any, trace: Any, args: Any) -> int:
   import jax
 
   from pf_jax import outputs
@@ -131,7 +154,8 @@ def _run(request: Any, spec: Any, args: Any) -> int:
                       memory=int(args.memory_gb * 1e9) if args.memory_gb else None)
       return 0
     result = job.run(request, spec, args.output, source=source, beginning=beginning,
-                     overwrite=args.overwrite, resume=args.resume, save_latents=args.save_latents)
+                     overwrite=args.overwrite, resume=args.resume, save_latents=args.save_latents,
+                     trace=trace)
   except (SampleError, budget.DoesNotFit, outputs.NotWritable, outputs.DirectoryInUse,
           OSError) as error:
     print(f'error: {error}', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Compiles a function for GPUs that are not there and says how much of their memory it would take.
+"""Compiles a function for cards that are not there and says how much of their memory it would take.
 
 XLA's CUDA compiler needs a description of the card, not the card. It assigns every buffer, so the
 bytes are those of a run, with one exception: what cuDNN and cuBLAS choose for themselves when they
@@ -9,6 +9,9 @@ say by their shardings how they are split over it, and bytes are those of one ca
 The compiler comes in two wheels of jax's own version; CUDA itself is not needed:
 
   pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION
+
+That of TPUs is the wheel libtpu, see `pf_jax.aot.tpu`. It refuses programs that do not fit into the
+memory of a chip; then the report says how much they would take.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,9 +28,11 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from pf_jax.aot.targets import GpuTarget
+from pf_jax.aot import tpu
+from pf_jax.aot.targets import GpuTarget, Target, TpuTarget
 from pf_jax.types import PyTree
 
 PLUGIN = 'jax_cuda13_plugin'
@@ -68,10 +74,11 @@ class Report:
     trace_seconds: wall time from Python to XLA's input.
     compile_seconds: wall time from there to machine code.
     jaxpr: the program as it was traced for the card, to count operations of.
-    executable: `as_text()` shows the optimised program; it cannot be called.
+    executable: `as_text()` shows the optimised program; it cannot be called. None if refused.
+    refused: why the compiler made no program: it does not fit. Results are then in the scratch.
   """
 
-  target: GpuTarget
+  target: Target
   devices: int
   argument_bytes: int
   output_bytes: int
@@ -80,7 +87,8 @@ class Report:
   trace_seconds: float
   compile_seconds: float
   jaxpr: Any
-  executable: jax.stages.Compiled
+  executable: jax.stages.Compiled | None
+  refused: str | None = None
 
   @property
   def total_bytes(self) -> int:
@@ -88,7 +96,7 @@ class Report:
     return self.argument_bytes + self.output_bytes - self.alias_bytes + self.scratch_bytes
 
 
-def device_mesh(target: GpuTarget, devices: int) -> Mesh:
+def device_mesh(target: Target, devices: int) -> Mesh:
   """Cards that programs can be compiled for and nothing else, along one axis, 'data'.
 
   Args:
@@ -98,6 +106,8 @@ def device_mesh(target: GpuTarget, devices: int) -> Mesh:
   Raises:
     ModuleNotFoundError: the compiler is not installed; says how to add it.
   """
+  if isinstance(target, TpuTarget):
+    return tpu.device_mesh(target, devices)
   if importlib.util.find_spec(PLUGIN) is None:
     raise ModuleNotFoundError(
         f'compiling for {target.name} needs the CUDA compiler of jax {jax.__version__}; add it '
@@ -115,7 +125,7 @@ def _mesh(target: GpuTarget, devices: int) -> Mesh:
   return Mesh(np.asarray(topology.devices), ('data',))
 
 
-def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarget, *,
+def compile_for(function: Callable, arguments: Sequence[PyTree], target: Target, *,
                 devices: int = 1, donate: Sequence[int] = (),
                 options: Mapping[str, Any] | None = None) -> Report:
   """Compiles `function(*arguments)` for one card, or for several of one host.
@@ -145,14 +155,30 @@ def compile_for(function: Callable, arguments: Sequence[PyTree], target: GpuTarg
     trace = jax.jit(function, donate_argnums=tuple(donate)).trace(*abstract)
     lowered = trace.lower()
   traced = time.perf_counter()
-  with no_compilation_cache():
-    executable = lowered.compile(dict(options) if options else None)
+  try:
+    with no_compilation_cache():
+      executable = lowered.compile(dict(options) if options else None)
+  except jax.errors.JaxRuntimeError as error:
+    if not isinstance(target, TpuTarget) or (total := tpu.needed_bytes(str(error))) is None:
+      raise
+    given = _argument_bytes(trace.jaxpr, abstract)
+    return Report(target=target, devices=devices, argument_bytes=given, output_bytes=0,
+                  alias_bytes=0, scratch_bytes=max(total - given, 0), trace_seconds=traced - start,
+                  compile_seconds=time.perf_counter() - traced, jaxpr=trace.jaxpr, executable=None,
+                  refused=str(error).splitlines()[0])
   plan: Any = executable.memory_analysis()
   return Report(target=target, devices=devices, argument_bytes=plan.argument_size_in_bytes,
                 output_bytes=plan.output_size_in_bytes, alias_bytes=plan.alias_size_in_bytes,
                 scratch_bytes=plan.temp_size_in_bytes, trace_seconds=traced - start,
                 compile_seconds=time.perf_counter() - traced, jaxpr=trace.jaxpr,
                 executable=executable)
+
+
+def _argument_bytes(jaxpr: Any, abstract: PyTree) -> int:
+  """Bytes of the arguments that a program uses, on each device, without the compiler's padding."""
+  _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+             for leaf, reads in zip(jax.tree.leaves(abstract), used, strict=True) if reads)
 
 
 def _on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -184,8 +210,12 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_if_on(target: GpuTarget, mesh: Mesh) -> Iterator[None]:
+def _as_if_on(target: Target, mesh: Mesh) -> Iterator[None]:
   """Kernels that are traced here choose what suits the target (see `pf_jax.kernels.platform`)."""
+  if isinstance(target, TpuTarget):
+    with use_abstract_mesh(mesh.abstract_mesh):
+      yield
+    return
   # JAX asks the installed cuDNN for its version before it traces a call of it; there is none here.
   versions: Any = importlib.import_module(f'{PLUGIN}._versions')
   installed = versions.cudnn_get_version

@@ -75,6 +75,7 @@ class ProgramReport:
     uncounted: why `flops` is None.
     kernels: of Pallas.
     collectives: exchanges between cards.
+    refused: see `pf_jax.aot.compile.Report`.
   """
 
   name: str
@@ -90,11 +91,16 @@ class ProgramReport:
   uncounted: str | None = None
   kernels: tuple[Kernel, ...] = ()
   collectives: Collectives = Collectives({}, True)
+  refused: str | None = None
 
   @property
   def total_bytes(self) -> int:
     """Memory of one call."""
     return self.argument_bytes + self.output_bytes - self.alias_bytes + self.scratch_bytes
+
+  def fits(self, machine: Machine) -> bool:
+    """Whether a card has memory for one call."""
+    return self.refused is None and self.total_bytes <= machine.target.info.device_memory_size
 
   def roofline(self, machine: Machine) -> Roofline | None:
     """None if something is unknown."""
@@ -121,7 +127,7 @@ def _program_json(report: ProgramReport, machine: Machine) -> dict[str, Any]:
   return {
       **own, 'total_bytes': report.total_bytes,
       'memory_share': report.total_bytes / machine.target.info.device_memory_size,
-      'fits': report.total_bytes <= machine.target.info.device_memory_size,
+      'fits': report.fits(machine),
       'roofline': None if times is None else {
           **times._asdict(), 'seconds': times.seconds, 'bound': times.bound},
       'kernels': [dataclasses.asdict(kernel) for kernel in report.kernels],
@@ -166,14 +172,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _memory(reports: Sequence[ProgramReport], machine: Machine) -> str:
   size = machine.target.info.device_memory_size
   cards = f'{machine.devices} x {machine.target.name}'
-  rows = [[report.title, *(amount(value, 'B') for value in (
-      report.argument_bytes, report.output_bytes, report.alias_bytes, report.scratch_bytes,
-      report.total_bytes)), f'{100 * report.total_bytes / size:.3g}%',
-           f'{report.trace_seconds:.1f} s', f'{report.compile_seconds:.1f} s']
-          for report in reports]
+  rows = []
+  for report in reports:
+    results = (None, None) if report.refused else (report.output_bytes, report.alias_bytes)
+    sizes = report.argument_bytes, *results, report.scratch_bytes, report.total_bytes
+    rows.append([report.title, *(amount(value, 'B') for value in sizes),
+                 f'{100 * report.total_bytes / size:.3g}%', f'{report.trace_seconds:.1f} s',
+                 f'{report.compile_seconds:.1f} s'])
+  notes = [f'{report.title}: does not fit; results are in the scratch. The compiler says: '
+           f'{report.refused}\n' for report in reports if report.refused]
   return f'Memory of each card, {cards} of {amount(size, "B")}:\n\n' + _table(
       ['program', 'arguments', 'output', 'of it in place', 'scratch', 'total', 'of the card',
-       'traced in', 'compiled in'], rows)
+       'traced in', 'compiled in'], rows) + ''.join(['\n', *notes] if notes else [])
 
 
 def _work(reports: Sequence[ProgramReport], machine: Machine) -> str:

@@ -1,11 +1,11 @@
-"""Machines to compile for: what XLA has to know about a GPU that is not there.
+"""Machines to compile for: what XLA has to know about a GPU or a TPU that is not there.
 
-XLA reads a target as a protocol buffer in text form (`GpuTargetConfigProto`), one field a line. By
-its numbers, which a card's driver would report, the compiler chooses tiles and fusions and refuses
-kernels that exceed them.
+Of a TPU the compiler knows everything by the name of a topology. Of a GPU XLA reads a protocol
+buffer in text form (`GpuTargetConfigProto`), one field a line. By its numbers, which a card's
+driver would report, the compiler chooses tiles and fusions and refuses kernels that exceed them.
 
 Source of the numbers: OpenXLA's own descriptions of these cards; peaks are those of NVIDIA's data
-sheets (SXM; half of what they give "with sparsity").
+sheets (SXM; half of what they give "with sparsity"). TPU v5e: cloud.google.com/tpu/docs/v5e.
 """
 
 import dataclasses
@@ -122,20 +122,59 @@ TARGETS: Mapping[str, GpuTarget] = types.MappingProxyType({
 })
 
 
+class TpuDeviceInfo(NamedTuple):
+  """Quantities of a TPU chip that the compiler does not have to be told.
+
+  Attributes:
+    memory_bandwidth: bytes/s.
+    device_memory_size: bytes that programs may use.
+  """
+
+  memory_bandwidth: int
+  device_memory_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTarget:
+  """One TPU chip.
+
+  Attributes:
+    name: for people.
+    topology: of a host, as XLA names it; it has at least as many chips as are compiled for.
+    accelerator_type: the same, as Cloud TPU names it.
+    info: quantities of a chip.
+    peak_flops: bfloat16 matrix products, FLOP/s.
+  """
+
+  name: str
+  topology: str
+  accelerator_type: str
+  info: TpuDeviceInfo
+  peak_flops: float | None = None
+
+
+Target = GpuTarget | TpuTarget
+
+# Of a chip's 16 GB the compiler leaves 15.75 GiB to programs.
+V5E = TpuTarget('TPU v5e', 'v5e:2x2', 'v5litepod-4', TpuDeviceInfo(
+    memory_bandwidth=819_000_000_000, device_memory_size=63 * 1024**3 // 4), peak_flops=197e12)
+
+
 class Machine(NamedTuple):
   """Some equal cards of one host.
 
   Attributes:
     name: for command lines.
-    target: the card.
+    target: the card, or chip.
     devices: how many of them.
   """
 
   name: str
-  target: GpuTarget
+  target: Target
   devices: int
 
 
 MACHINES: Mapping[str, Machine] = types.MappingProxyType({
-    name: Machine(name, TARGETS[card], devices)
-    for name, card, devices in (('h200', 'h200', 1), ('h100', 'h100', 1), ('h200x8', 'h200', 8))})
+    name: Machine(name, target, devices)
+    for name, target, devices in (('h200', TARGETS['h200'], 1), ('h100', TARGETS['h100'], 1),
+                                  ('h200x8', TARGETS['h200'], 8), ('v5e', V5E, 1))})

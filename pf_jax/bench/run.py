@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from pf_jax import outputs
+from pf_jax import profile as profile_lib
 from pf_jax.bench import block, kernels, long, report
 from pf_jax.bench import tune as tune_lib
 from pf_jax.bench.case import Bench, Case, Say, record
@@ -43,8 +42,11 @@ def run(subject: Subject, suites: Sequence[str], effort: Effort, output: str | o
   Raises:
     NotWritable, DirectoryInUse: the directory cannot be used.
     BadTable, NothingFits: see `pf_jax.kernels.tuning.tune`.
+    OutputExists: the directory for traces holds something.
   """
   with outputs.claim_directory(output, say=say) as root, CompileCounter() as compilations:
+    if profile is not None:
+      profile_lib.new_directory(profile)
     machine, ceilings = report.machine(), Ceilings(effort)
     if machine['load_before'] > QUIET:
       say(f'note: others use this machine (load {machine["load_before"]:.1f}); timings and '
@@ -78,7 +80,7 @@ def suite(bench: Bench, name: str, profile: str | os.PathLike | None = None
     for row in report.rows(found[-1]):
       bench.say('  ' + '  '.join(filter(None, row)))
   if profile is not None:
-    with jax.profiler.trace(os.fspath(pathlib.Path(profile) / name)):
+    with profile_lib.trace(pathlib.Path(profile) / name):
       for case in cases:
         case.run_once()
   return found

@@ -1,6 +1,7 @@
 """One denoising step, and the clean pass: the two ways a rollout runs the transformer."""
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +25,8 @@ def select_history(blocks: Array, layout: Layout, spec: CacheSpec) -> ContextFn:
   def context_fn(layer: LayerCache, q: Array):
     # Several noisy versions of a block may share a history; scoring is linear in the queries.
     q = einops.reduce(q, '(b g) t n h -> b t n h', 'mean', b=layer.batch)
-    selected = cache_lib.select(layer, q, blocks, spec=spec)
+    with jax.named_scope('select_blocks'):
+      selected = cache_lib.select(layer, q, blocks, spec=spec)
     context = cache_lib.context(layer, selected, blocks, layout, spec=spec)
     return context, selected
 

@@ -1,6 +1,7 @@
 """The settings of a sampling run that do not change with the prompt. No JAX here."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,3 +37,31 @@ class SampleSpec:
   def chosen(self, section: str) -> dict[str, Any]:
     """The choices of 'cache' or 'sampler' that were made here."""
     return {name: value for name, value in getattr(self, section).items() if value is not None}
+
+
+WARM_UP = 2  # blocks: the first one runs programs of its own, the second one is theirs' first call
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceSpec:
+  """Which blocks of a run are traced.
+
+  Attributes:
+    directory: of the trace; new or empty.
+    first: number of the first one; later if blocks are replayed before it.
+    blocks: how many, at most.
+
+  Raises:
+    ValueError: a number out of range.
+  """
+
+  directory: str | os.PathLike
+  first: int = WARM_UP
+  blocks: int = 3
+
+  def __post_init__(self):
+    if self.first < WARM_UP:
+      raise ValueError(f'first={self.first} must be at least {WARM_UP}: block 0 runs programs of '
+                       'its own, and what runs for the first time takes longer.')
+    if self.blocks < 1:
+      raise ValueError(f'blocks={self.blocks} must be at least 1.')

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pf_jax import outputs
+from pf_jax import outputs, profile
 from pf_jax.interrupts import Stop, stop_on_signal
 from pf_jax.pipeline import Pipeline
 from pf_jax.progress import Progress
 from pf_jax.request import Request
 from pf_jax.sampling import budget, files, meter
 from pf_jax.sampling.beginning import Beginning, blocks_of, given_blocks
-from pf_jax.sampling.config import SampleSpec
+from pf_jax.sampling.config import SampleSpec, TraceSpec
 from pf_jax.sampling.plan import (
   FINISHED,
   ROLLOUT,
@@ -39,6 +39,7 @@ from pf_jax.sampling.plan import (
 )
 from pf_jax.sampling.record import Record
 from pf_jax.sampling.source import ModelSource
+from pf_jax.sampling.tracer import BlockTracer
 
 say_at_once = functools.partial(print, flush=True)
 
@@ -63,7 +64,7 @@ class Result:
 def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
         source: ModelSource | None = None, beginning: Beginning | None = None,
         overwrite: bool = False, resume: bool = False, save_latents: bool = False,
-        say: Say = say_at_once) -> Result:
+        trace: TraceSpec | None = None, say: Say = say_at_once) -> Result:
   """Samples all videos of a request into a directory.
 
   Args:
@@ -75,10 +76,12 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
     overwrite: replace files of the same names.
     resume: go on with a run that was cut short; the request must be the same.
     save_latents: keep the records, for `decode`.
+    trace: blocks to trace, of the first batch that has them; None: none.
     say: receives notices.
 
   Raises:
-    SampleError: the request does not fit the model or the run to resume, or no usable model.
+    SampleError: the request does not fit the model or the run to resume, no usable model, or a
+      video that ends before the blocks to trace.
     DoesNotFit: more memory or disk is needed than there is.
     NotWritable, OutputExists, DirectoryInUse: the directory cannot be used.
     OSError: something could not be written.
@@ -101,12 +104,17 @@ def run(request: Request, spec: SampleSpec, output: str | os.PathLike, *,
     expected.check(*memory)
     if not resume:
       expected.check_disk(root)
+    tracer = BlockTracer(trace, plan.blocks, say)
     pipeline, given = _load(plan, beginning, say)
-    estimate = _prepare(plan, pipeline, expected, len(todo), given, memory, say)
+    with profile.own_names() if trace else contextlib.nullcontext():
+      estimate = _prepare(plan, pipeline, expected, len(todo), given, memory, say)
     if not resume:
       files.clear(root, plan.names, len(plan.batches))
       write_run(plan)
-    return _Job(plan, pipeline, estimate, compilations, given, save_latents, say).run(todo)
+    job = _Job(plan, pipeline, estimate, compilations, given, save_latents, tracer, say)
+    result = job.run(todo)
+    tracer.say_where()
+    return result
 
 
 def _described(beginning: Beginning | None) -> dict[str, Any] | None:
@@ -159,9 +167,10 @@ class _Job:
   """The batches of a run, one after the other."""
 
   def __init__(self, plan: Plan, pipeline: Pipeline, expected: meter.Estimate,
-               compilations: meter.CompileCounter, given: np.ndarray | None, keep: bool, say: Say):
+               compilations: meter.CompileCounter, given: np.ndarray | None, keep: bool,
+               tracer: BlockTracer, say: Say):
     self._plan, self._pipeline, self._given = plan, pipeline, given
-    self._expected, self._keep, self._say = expected, keep, say
+    self._expected, self._keep, self._tracer, self._say = expected, keep, tracer, say
     self._meter = meter.Meter(compilations)
 
   def run(self, todo: list[int]) -> Result:
@@ -200,13 +209,16 @@ class _Job:
 
   def _write_blocks(self, index: int, record: Record, progress: Progress, stop: Stop) -> int:
     plan, known = self._plan, len(record)
-    with plan.open_files(index, replayed=known) as output:
+    with contextlib.ExitStack() as stack:
+      output = stack.enter_context(plan.open_files(index, replayed=known))
       if self._given is not None:
         self._store_given(index, record)
       done = known
       start = time.perf_counter()
       # The record grows with every block, so it never holds the one that is asked for next.
-      for block in plan.sample(self._pipeline, index, record):
+      blocks = stack.enter_context(contextlib.closing(
+          self._tracer.over(plan.sample(self._pipeline, index, record), replayed=len(record))))
+      for block in blocks:
         if not block.replayed:
           record.append(np.asarray(block.latents), np.asarray(block.selected))
         output.add(np.asarray(block.frames)[:len(plan.batches[index])])
@@ -240,6 +252,7 @@ class _Job:
         'given_blocks': 0 if self._given is None else blocks_of(self._given, video),
         'blocks': done, 'planned_blocks': plan.blocks, 'frames': video.pixel_frames(done),
         'seconds_of_video': video.pixel_frames(done) / video.fps,
+        'traced_blocks': self._tracer.numbers,  # they, and the next one, took longer for it
         'compile_seconds': sum(seconds.values()), 'compile_seconds_of': seconds,
         **self._meter.to_json(),
         'predicted_cache_bytes': expected.cache_bytes, 'context_bytes': expected.context_bytes,

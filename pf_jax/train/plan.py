@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pf_jax.aot import compile as aot
-from pf_jax.aot.targets import GpuTarget
+from pf_jax.aot.targets import GpuTarget, Target
 from pf_jax.outputs import slug
 from pf_jax.train import loop, sharding
 from pf_jax.train.config import OptimizerConfig, TrainConfig
@@ -191,7 +191,7 @@ def make_plan(sketch: Sketch, config: TrainConfig, target: GpuTarget, devices: i
   return Plan(target.name, devices, target.info.device_memory_size, sizes, given, programs)
 
 
-def make_programs(sketch: Sketch, config: TrainConfig, target: GpuTarget, devices: int
+def make_programs(sketch: Sketch, config: TrainConfig, target: Target, devices: int
                   ) -> list[aot.Program]:
   """The programs of a training, to be compiled for a machine that is not there.
 
@@ -208,8 +208,9 @@ def make_programs(sketch: Sketch, config: TrainConfig, target: GpuTarget, device
   mesh = aot.device_mesh(target, devices)
   step, state = _state(sketch, config, mesh)
   calls = [*_steps(sketch, config, step, state, sketch.batch(mesh)), *sketch.calls(mesh, state)]
+  options = OPTIONS if isinstance(target, GpuTarget) else None
   return [aot.Program(slug(call.name), call.name, call.function, call.arguments, call.donate,
-                      OPTIONS, call.trips) for call in calls]
+                      options, call.trips) for call in calls]
 
 
 def _mesh(target: GpuTarget, devices: int) -> tuple[Mesh | AbstractMesh, bool]:

@@ -1,22 +1,28 @@
 """Ahead-of-time reports, without the compiler: the command line, what is read, what is written."""
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType
 
 from configs.wan import sampling
 from launch.build import build
-from pf_jax.aot import hlo, ptxas, report
+from pf_jax.aot import hlo, ptxas, report, tpu
 from pf_jax.aot.hlo import Collective, Collectives
 from pf_jax.aot.ptxas import Kernel
 from pf_jax.aot.report import ProgramReport
-from pf_jax.aot.targets import MACHINES, GpuDeviceInfo, GpuTarget, Machine
+from pf_jax.aot.targets import MACHINES, V5E, GpuDeviceInfo, GpuTarget, Machine
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.outputs import json_text
 from pf_jax.pipeline import rollout_spec
@@ -38,8 +44,8 @@ def launch(*arguments, **environment):
 def test_mistakes_are_named_before_jax_is_imported(without_jax, tmp_path):
   for arguments, message in (
       ([CONFIG, '--target=h20'],
-       '--target=h20 is unknown (did you mean h200?); use one of h200, h100, h200x8.'),
-      ([CONFIG, '--target=v5e'], '--target=v5e is not offered; use one of h200, h100, h200x8.'),
+       '--target=h20 is unknown (did you mean h200?); use one of h200, h100, h200x8, v5e.'),
+      ([CONFIG, '--target=v5p'], '--target=v5p is unknown (did you mean v5e?); use one of h200,'),
       ([CONFIG, '--program=denoize,blok'],
        ('--program=denoize is unknown (did you mean denoise?); this config has denoise, finish, '
         'block, switch, rollout.\nerror: --program=blok is unknown (did you mean block?)')),
@@ -63,6 +69,58 @@ def test_without_the_compiler_one_command_is_named(tmp_path):
   assert done.stderr.count('pip install --no-deps jax-cuda13-plugin==') == 1
   assert len(done.stderr.splitlines()) == 1
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None,
+                    reason='the compiler is installed')
+def test_without_the_tpu_compiler_one_command_is_named(tmp_path):
+  done = launch(CONFIG, '--target=v5e', f'--output={tmp_path}/out')
+  assert (done.returncode, done.stdout) == (1, '')
+  assert done.stderr.startswith('error: compiling for TPU v5e needs the TPU compiler that jax')
+  assert done.stderr.count(f"add it with: pip install --no-deps '{tpu.requirement()}'") == 1
+  assert len(done.stderr.splitlines()) == 1
+  assert not (tmp_path / 'out').exists()
+
+
+# --- what the TPU compiler is told and says -------------------------------------------------------
+
+
+def test_the_tpu_compiler_is_the_one_that_jax_asks_for(monkeypatch):
+  assert re.fullmatch(r'libtpu==[\d.]+\*', tpu.requirement())
+  requires = ['jaxlib<=9,>=8', 'libtpu==1.2.*; extra == "tpu"', 'requests; extra == "tpu"']
+  monkeypatch.setattr(importlib.metadata, 'requires', lambda name: requires)
+  assert tpu.requirement() == 'libtpu==1.2.*'
+  monkeypatch.setattr(importlib.metadata, 'requires', lambda name: None)
+  assert tpu.requirement() == 'libtpu'
+
+
+def test_the_environment_is_set_for_tpus_alone_and_replaces_nothing(monkeypatch):
+  monkeypatch.setattr(os, 'environ', {'TPU_LOG_DIR': 'mine'})
+  asked = []
+
+  def describe(name, platform):
+    asked.append((name, platform, dict(os.environ)))
+    return SimpleNamespace(devices=jax.devices() * 4)
+  monkeypatch.setattr(topologies, 'get_topology_desc', describe)
+  assert tpu._mesh.__wrapped__(V5E, 1).shape == {'data': 1}
+  ((name, platform, environment),) = asked
+  assert (name, platform) == ('v5e:2x2', 'tpu')
+  assert environment == {
+      'TPU_LOG_DIR': 'mine', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+      'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+
+
+REFUSED = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+           'temporaries')
+
+
+@pytest.mark.parametrize(('message', 'size'), [
+    (f'{REFUSED} (18.50G) exceeds available HBM (15.75G).', 18.5 * 1024**3),
+    (f'{REFUSED} (900M) exceeds available HBM (15.75G).', 900 * 1024**2),
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130.00M of 128.00M', None),
+    ('INTERNAL: Mosaic failed (18.50G)', None)])
+def test_what_a_refused_program_would_take(message, size):
+  assert tpu.needed_bytes(message) == size
 
 
 # --- programs of sampling -------------------------------------------------------------------------
@@ -230,6 +288,9 @@ def test_peaks_of_the_cards():
     assert report.roofline(297 * 10**12, 0, MACHINES[name]).seconds == pytest.approx(seconds, 1e-3)
   assert report.roofline(0, 48 * 10**11, MACHINES['h200']).seconds == 1.0
   assert MACHINES['h200x8'].target is MACHINES['h200'].target
+  assert report.roofline(197 * 10**12, 0, MACHINES['v5e']) == (1.0, 0.0)
+  assert report.roofline(0, 819 * 10**9, MACHINES['v5e']) == (0.0, 1.0)
+  assert MACHINES['v5e'].target.info.device_memory_size == 15.75 * 1024**3
 
 
 REPORTS = (
@@ -255,6 +316,22 @@ def test_json_of_a_report():
   assert (step['collectives_complete'], odd['collectives_complete']) == (False, True)
   assert (odd['total_bytes'], odd['fits'], odd['roofline']) == (5000, False, None)
   assert (odd['flops'], odd['moved_bytes'], odd['uncounted']) == (None, None, 'it hides its work.')
+
+
+def test_a_refused_program_does_not_fit_and_says_what_it_would_take():
+  refused = ProgramReport('big', 'a big one', 1000, 0, 0, 2000, 1.0, 2.0, 6000, 400,
+                          refused='RESOURCE_EXHAUSTED: too much.')
+  small = dataclasses.replace(refused, refused=None)
+  assert (refused.fits(PAIR), small.fits(PAIR)) == (False, True)
+  big = report.to_json([refused], PAIR)['programs']['big']
+  assert (big['fits'], big['total_bytes'], big['refused']) == (
+      False, 3000, 'RESOURCE_EXHAUSTED: too much.')
+  assert big['roofline']['seconds'] == 3.0
+  text = report.markdown([refused], PAIR)
+  assert ('| a big one | 1 kB | - | - | 2 kB | 3 kB | 75% | 1.0 s | 2.0 s |\n\n'
+          'a big one: does not fit; ') in text
+  assert text.count('The compiler says: RESOURCE_EXHAUSTED: too much.') == 1
+  assert 'does not fit' not in report.markdown([small], PAIR)
 
 
 TABLES = """\

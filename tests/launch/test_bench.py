@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pf_jax import outputs
 from pf_jax.bench import (
     block,
     counts,
@@ -264,6 +265,14 @@ def test_every_call_is_timed_and_compared(found):
 def test_each_suite_leaves_a_trace(found):
   for suite in SUITES:
     assert list((found[1] / 'profile' / suite).rglob('*.xplane.pb'))
+
+
+def test_traces_need_a_directory_of_their_own(tiny, monkeypatch, tmp_path):
+  monkeypatch.setattr(run, 'suite', lambda *unused: pytest.fail('work was begun'))
+  with pytest.raises(outputs.OutputExists, match='holds something already; traces need a new'):
+    (tmp_path / 'profile').mkdir()
+    (tmp_path / 'profile' / 'file').write_text('')
+    run.run(tiny, SUITES, TINY, tmp_path / 'out', config='tiny', profile=tmp_path / 'profile')
 
 
 def test_peers_that_are_absent_say_so(monkeypatch):

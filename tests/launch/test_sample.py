@@ -1,5 +1,6 @@
 """Sampling from the command line: refusals without JAX, files, measurements, kills, resume."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,13 +17,13 @@ import pytest
 
 from configs.digits import sample as sample_config
 from launch.build import build
-from pf_jax import outputs
+from pf_jax import outputs, profile
 from pf_jax import pipeline as pipeline_lib
 from pf_jax.pipeline import cache_choices
 from pf_jax.request import Request
 from pf_jax.rollout.block import SamplerSpec
 from pf_jax.sampling import files, job, meter
-from pf_jax.sampling.config import SampleSpec
+from pf_jax.sampling.config import SampleSpec, TraceSpec
 from pf_jax.sampling.files import BatchFiles
 from pf_jax.sampling.plan import SampleError
 from pf_jax.sampling.record import Record, RecordError
@@ -93,6 +94,10 @@ MISTAKES = [
     (['--prompt=a', '--resume', '--overwrite'], 'give one of them'),
     (['--prompt=a', '--config.cache.topk=3'], 'did you mean config.cache.top_k?'),
     (['--prompt=a', '--config.batch_size=0'], 'batch_size=0 must be at least 1'),
+    (['--prompt=a', '--profile_first=3'], '--profile_first chooses what --profile traces'),
+    (['--prompt=a', '--profile=trace', '--profile_first=1'], 'first=1 must be at least 2'),
+    (['--prompt=a', '--profile=trace', '--profile_blocks=0'], 'blocks=0 must be at least 1'),
+    (['--prompt=a', '--profile=trace', '--dry_run'], 'traces a run and --dry_run makes none'),
 ]
 
 
@@ -115,8 +120,8 @@ def test_help_is_quick_and_complete(without_jax):
   out, _ = start('--help', **without_jax).communicate(timeout=60)
   assert time.monotonic() - begun < 3
   assert {'--prompt', '--prompts', '--seconds', '--seed', '--output', '--checkpoint', '--config',
-          '--[no]overwrite', '--[no]resume', '--[no]save_latents'} <= set(
-              out.replace(':', ' ').split())
+          '--profile', '--profile_first', '--profile_blocks', '--[no]overwrite', '--[no]resume',
+          '--[no]save_latents'} <= set(out.replace(':', ' ').split())
 
 
 def test_the_config_offers_every_choice():
@@ -347,6 +352,110 @@ def test_several_videos_in_batches(loaded, monkeypatch, tmp_path):
     alone = tmp_path / 'alone' / outputs.output_name(0, prompt, '.mp4')
     np.testing.assert_array_equal(read_video(tmp_path / f'{name}.mp4').pixels,
                                   read_video(alone).pixels)
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def trace_files(directory):
+  """Of a run: the ends of their names."""
+  return sorted(path.name.split('.', 1)[1] for path in directory.rglob('*.*') if path.is_file())
+
+
+def test_the_command_leaves_a_trace_of_steady_blocks_and_says_where(tiny, tmp_path):
+  traced = tmp_path / 'run' / 'trace'
+  process = start('--config=configs/digits/sample.py:tiny', f'--checkpoint={tiny.directory}',
+                  f'--prompt={PROMPT}', '--seconds=6', f'--output={tmp_path}/run',
+                  f'--profile={traced}', '--profile_blocks=2')
+  out, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  assert trace_files(traced) == ['trace.json.gz', 'xplane.pb']
+  (picture,) = traced.rglob('*.trace.json.gz')
+  assert out.splitlines()[-1] == (f'traced blocks 2, 3: xprof --logdir={traced}, or open {picture} '
+                                  'in https://ui.perfetto.dev')
+  assert read(tmp_path / 'run' / 'metrics.json')['traced_blocks'] == [2, 3]
+  (data,) = traced.rglob('*.xplane.pb')
+  names = data.read_bytes()
+  assert all(name in names for name in (b'denoise_0', b'denoise_1', b'select_blocks', b'decode',
+                                        b'compress', b'clean_pass', b'commit'))
+
+
+def test_nothing_is_traced_unasked(loaded, finished, monkeypatch, tmp_path):
+  def refuse(*unused, **options):
+    raise AssertionError('something was traced')
+  monkeypatch.setattr(jax.profiler, 'start_trace', refuse)
+  monkeypatch.setattr(jax.profiler, 'trace', refuse)
+  said = []
+  run(loaded, tmp_path, say=said.append)
+  assert read(tmp_path / 'metrics.json')['traced_blocks'] == []
+  assert not [line for line in said if line.startswith('traced') or 'no block was' in line]
+  np.testing.assert_array_equal(frames_of(tmp_path), frames_of(finished[0]))
+
+
+@pytest.fixture
+def traces(monkeypatch):
+  """Directories in place of traces of them."""
+  begun = []
+
+  @contextlib.contextmanager
+  def note(directory):
+    begun.append(str(directory))
+    try:
+      yield
+    finally:
+      begun.append('end')
+  monkeypatch.setattr(profile, 'trace', note)
+  return begun
+
+
+@pytest.mark.parametrize(('before', 'first', 'blocks', 'numbers'), [
+    (0, 2, 3, [2, 3, 4]), (0, 7, 3, [7, 8]), (5, 2, 9, [7, 8]), (5, 8, 1, [8])])
+def test_only_sampled_blocks_after_warm_up_are_traced(loaded, finished, traces, tmp_path, before,
+                                                      first, blocks, numbers):
+  cut_short(finished, tmp_path / 'run', before)
+  said, where = [], str(tmp_path / 'trace')
+  run(loaded, tmp_path / 'run', resume=True, save_latents=True, say=said.append,
+      trace=TraceSpec(where, first, blocks))
+  assert traces == [where, 'end']
+  assert read(tmp_path / 'run' / 'metrics.json')['traced_blocks'] == numbers
+  assert said[-1].startswith(f'traced block{"s" * (len(numbers) > 1)} '
+                             f'{", ".join(map(str, numbers))}: xprof --logdir={where}')
+  assert_same_as(finished, tmp_path / 'run')
+
+
+def test_videos_that_end_before_the_blocks_to_trace_are_refused(loaded, no_compiling, tmp_path):
+  with pytest.raises(SampleError, match=r'block 9 is the first to trace, .* blocks 0\.\.8; make'):
+    run(loaded, tmp_path / 'short', trace=TraceSpec(tmp_path / 'trace', 9))
+  assert not list(tmp_path.iterdir())
+
+
+def test_too_few_blocks_left_to_trace_are_said(loaded, finished, traces, tmp_path):
+  cut_short(finished, tmp_path / 'run', 8)
+  said = []
+  run(loaded, tmp_path / 'run', resume=True, say=said.append, trace=TraceSpec(tmp_path / 'trace'))
+  assert said[-1] == 'note: no block was traced: fewer than 3 were left to sample.'
+  assert trace_files(tmp_path / 'trace') == traces == []
+
+
+def test_a_trace_ends_with_a_run_that_is_stopped(loaded, traces, monkeypatch, tmp_path):
+  signal_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  said = []
+  run(loaded, tmp_path / 'run', trace=TraceSpec(tmp_path / 'trace'), say=said.append)
+  assert traces == [str(tmp_path / 'trace'), 'end']
+  assert said[-1].startswith('traced blocks 2, 3: ')
+
+
+def test_traces_need_a_directory_of_their_own(loaded, no_compiling, tmp_path):
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'file').write_text('')
+  for place, error, message in (
+      ('full', outputs.OutputExists, 'full holds something already; traces need a new directory'),
+      ('full/file', outputs.NotWritable, 'cannot write into'),
+      ('full/file/below', outputs.NotWritable, 'cannot write into'),
+      ('/proc/nothing', outputs.NotWritable, 'cannot write into')):
+    with pytest.raises(error, match=message):
+      run(loaded, tmp_path / 'run', trace=TraceSpec(tmp_path / place))
+  assert not (tmp_path / 'run').exists()
 
 
 # --- interruptions and resume --------------------------------------------------------------------
