@@ -113,7 +113,7 @@ def context(bench: Bench) -> list[Case]:
 
 
 def _convolution(name: str, shapes: counts.Convolution, dtype: str) -> Case:
-  """All implementations of one convolution that run here; `x` carries its past and future frames."""
+  """All implementations of one convolution that run here; `x` carries past and future frames."""
   (x, kernel, strides), space = shapes, ((1, 1), (1, 1))
   inputs = (array(*x, dtype=dtype), array(*kernel, dtype=dtype, seed=1),
             array(kernel[-1], dtype=dtype, seed=2))

@@ -279,6 +279,7 @@ STAGES = {
     'decoder 240x416, 2': Stage((1, 16, 240, 416, 192), CUBE, 192, epilogue='residual'),
     'decoder 480x832, 1': Stage((1, 16, 480, 832, 96), CUBE, 96, epilogue='norm'),
     'decoder 480x832, 2': Stage((1, 16, 480, 832, 96), CUBE, 96, epilogue='residual'),
+    'encoder of low resolution': Stage((1, 9, 56, 104, 96), CUBE, 192, epilogue='norm'),
     'frames doubled': Stage((1, 4, 60, 104, 384), (3, 1, 1), 768),
     'picture doubled': Stage((1, 16, 480, 832, 192), (1, 3, 3), 96, 0),
     'compressor 0': Stage((1, 5, 60, 104, 16), (4, 3, 3), 32, 1, 'silu', (2, 1, 1)),

@@ -44,9 +44,8 @@ def conv3d(x: Array, kernel: Array, bias: Array, *, strides: Strides, padding: P
     tiles: `pallas_gpu.TileSpec`; None for the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
-  silu, epilogue = epilogue.silu, epilogue._replace(silu=False)  # the only one that is no array
-  return _conv3d((x, kernel, bias, past, epilogue.gain, epilogue.residual), strides, padding, silu,
-                 tiles, interpret)
+  return _conv3d((x, kernel, bias, past, epilogue.gain, epilogue.residual), strides, padding,
+                 epilogue.silu, tiles, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))

@@ -15,22 +15,24 @@ rows, multiples of 8 pixels, where a product may begin to read. That is 3 copies
 bit instead of 9, out of L2: neighbours in time run at the same time, so frames come from memory
 once. Weights have a ring of their own, one buffer a tap and chunk.
 
-Bytes to and from memory for [T, H, W, C] -> [T, H, W, O] at two bytes, in units of an array of
-frames, C = O. Unfused: norm and SiLU 2, past frames laid in front 2, convolution 2, residual 3 (or
-1 more than the convolution's where a library adds it). Here a residual block is
+What a residual block moves, in arrays of frames (16 x 480 x 832 x 96 at two bytes are 1.2 GB):
 
-  norm, SiLU       1 read, 1 written     XLA
-  convolution 1    1 read, 1 written     with the second norm and SiLU behind it
-  convolution 2    2 read, 1 written     with the residual
+                         XLA and cuDNN                       here
+  first norm, SiLU       2 read (sum, then all), 1 written   1 read, 1 written (XLA)
+  first convolution      1 read, 1 written                   1 read, 1 written, with the second norm
+  second norm, SiLU      2 read, 1 written                   -
+  second convolution     2 read, 1 written                   2 read, 1 written
 
-7 arrays, of 14 unfused. A patch of r rows reads 1 + (kh - 1) / r of its frame where its
-neighbours have left L2 (8% for 24 rows and 3 taps).
+11 and 7; with the frames that are kept for the next block 11.7 and 6.9 as compiled, in arrays of
+frames with their past (BENCHMARKS.md). A patch of r rows reads (kh - 1) / r more of its frame where
+its neighbours have left L2: 8% for 24 rows. Weights come out of L2 once a patch: that, and not
+memory, is what larger patches save.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -411,12 +413,11 @@ def _compute(out, scratch, rounds, taps, finish, tiles):
   total = pl.run_scoped(products, plgpu.ACC((count, tiles.channels), jnp.float32))
   _release(scratch, jnp.int32(rounds * taps - 1), jnp.int32(rounds - 1), tiles)
   plgpu.barrier_wait(scratch.vectors_ready)
-  total = _finish(total, scratch, finish, count)
   pixels = pl.ds(pl.multiple_of(first, GROUP), count)
   if finish.residual:
     plgpu.barrier_wait(scratch.residual_ready)
-  for piece in range(tiles.pieces):
-    part = total[:, piece * tiles.chunk:(piece + 1) * tiles.chunk]
+  # Piece by piece: of bias and gain only those at work need registers.
+  for piece, part in enumerate(_finished(total, scratch.vectors, finish, tiles)):
     if finish.residual:
       part = part + scratch.out.read[piece, pixels].astype(jnp.float32)
     scratch.out.read[piece, pixels] = part.astype(out.dtype)
@@ -441,15 +442,21 @@ def _release(scratch, weights, patch, tiles) -> None:
     plgpu.barrier_arrive(scratch.patch_free.at[lax.rem(patch, jnp.int32(tiles.patches))])
 
 
-def _finish(total: Array, scratch, finish: Finish, count: int) -> Array:
-  """Bias, norm and SiLU of sums [count, channels] in float32."""
-  shape = total.shape
-  total = total + lax.broadcast_in_dim(scratch.vectors[0], shape, [1])
+def _finished(total: Array, vectors, finish: Finish, tiles: TileSpec) -> Iterator[Array]:
+  """Bias, norm and SiLU of sums [pixels, channels] in float32, one piece of channels at a time."""
+  shape = total.shape[0], tiles.chunk
+  channels = [pl.ds(piece * tiles.chunk, tiles.chunk) for piece in range(tiles.pieces)]
+
+  def along(vector):
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+  parts = [total[:, piece * tiles.chunk:(piece + 1) * tiles.chunk] + along(vectors[0, here])
+           for piece, here in enumerate(channels)]
   if finish.norm:
-    square = jnp.maximum((total * total).sum(axis=1), NORM_FLOOR**2)
-    scale = lax.rsqrt(square) * math.sqrt(shape[1])
-    total = total * lax.broadcast_in_dim(scale, shape, [0])
-    total = total * lax.broadcast_in_dim(scratch.vectors[1], shape, [1])
-  if finish.silu:
-    total = total / (1.0 + jnp.exp(-total))
-  return total
+    square = functools.reduce(jnp.add, [(part * part).sum(axis=1) for part in parts])
+    scale = lax.rsqrt(jnp.maximum(square, NORM_FLOOR**2)) * math.sqrt(total.shape[1])
+    scale = lax.broadcast_in_dim(scale, shape, [0])
+  for part, here in zip(parts, channels, strict=True):
+    if finish.norm:
+      part = part * scale * along(vectors[1, here])
+    yield part / (1.0 + jnp.exp(-part)) if finish.silu else part
