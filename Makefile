@@ -115,7 +115,7 @@ check: $(VENV)/.test
 test-parity: $(PARITY_VENV)/.parity
 	$(PARITY_VENV)/bin/python -m pytest -x tests/parity tests/data/test_media.py $(PYTEST_ARGS)
 
-# Programs of full size for H200s that are not there: seven minutes, most of them for the training of
+# Programs of full size for H200s that are not there: ten minutes, most of them for the training of
 # the 1.3B on one and on eight, and 4 GB of memory. One more minute for a TPU.
 test-aot: $(AOT_VENV)/.tpu
 	JAX_PLATFORMS=cpu MOSAIC_GPU_DUMP_PTXAS=1 $(AOT_VENV)/bin/python -m pytest -x tests/aot \
@@ -131,7 +131,7 @@ test-reliability: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x -s --slow --session-timeout=$(RELIABILITY_SECONDS) \
 	  tests/reliability tests/train/test_loop.py tests/train/test_checkpoint.py $(PYTEST_ARGS)
 
-# Kernels in Pallas' interpreter, with race detection and planted bugs: five minutes. It needs jax
+# Kernels in Pallas' interpreter, with race detection and planted bugs: nine minutes. It needs jax
 # 0.11, so Python 3.12: make test-kernels PYTHON=python3.12 VENV=.venv-312
 test-kernels: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x --slow tests/kernels $(PYTEST_ARGS)

@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
       latent_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-      dtypes=dict(_HALF)))
+      convolution=placeholder(str), dtypes=dict(_HALF)))
   config.text = ConfigDict(dict(
       vocab_size=256384, width=4096, num_layers=24, num_heads=64, head_dim=64, ffn_width=10240,
       num_buckets=32, max_distance=128, max_tokens=512, dtypes=dict(_HALF)))
@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.compressor = ConfigDict(dict(
       in_channels=16, channels=(32, 128, 512, 2048), width=sizes['width'],
       # An odd number of latent frames cannot be halved.
-      temporal_stride=1 if frames % 2 else 2))
+      temporal_stride=1 if frames % 2 else 2, convolution=placeholder(str)))
   if given['tiny']:
     for name, small in _TINY.items():
       config[name].update(small)

@@ -1,4 +1,4 @@
-"""Collectives of an optimised program, read from its text.
+"""Collectives of an optimised program and the memory traffic of its kernels, read from its text.
 
 Bytes are those of the results on each card, for one call of the program: a loop counts its body as
 often as it runs. XLA writes a collective in one of three ways: as itself; as a pair NAME-start and
@@ -20,6 +20,12 @@ _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
     r'(body|calls|to_apply|branch_computations|true_computation|false_computation)='
     r'(\{[^}]*\}|%?[\w.\-]+)')
+_NAME = re.compile(r'%([\w.\-]+)')
+_FUSED = re.compile(r'calls=%?([\w.\-]+)')
+_NO_KERNEL = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'}
+# Results of the same size as an operand, but not number by number.
+_MIXING = {'scatter', 'gather', 'reduce-window', 'sort', 'dot', 'concatenate',
+           'dynamic-update-slice'}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -73,6 +79,90 @@ def collectives(text: str) -> Collectives:
     kinds[kind] = Collective(before.number + turns, before.bytes + turns * size)
     complete = complete and known
   return Collectives(kinds, complete)
+
+
+def traffic(text: str) -> int:
+  """Bytes that the kernels of `compiled.as_text()` move, if each of them reads all it is given.
+
+  A kernel is an instruction of the entry computation: its operands and its result count, each once,
+  and of an operand that a fusion slices, the slices. Loops and conditions count as one kernel: a
+  program that spends its time there is not to be judged by this.
+
+  Args:
+    text: an optimised module.
+
+  Raises:
+    ValueError: the text has no entry computation.
+  """
+  computations, entry = _instructions(text)
+  if entry is None:
+    raise ValueError('no ENTRY computation found; wanted the text of an optimised HLO module.')
+  moved, shapes = 0, {}
+  for each in computations[entry]:
+    shapes[each.name] = each.shape
+    if each.operation in _NO_KERNEL:
+      continue
+    read = [_bytes(shapes[operand]) for operand in each.operands]
+    if each.operation == 'fusion' and (fused := _FUSED.search(each.rest)):
+      by_number = _read_by(computations[fused[1]])
+      read = [by_number.get(number, size) for number, size in enumerate(read)]
+    moved += _bytes(each.shape) + sum(read)
+  return moved
+
+
+class _Instruction(NamedTuple):
+  """NAME = SHAPE OPERATION(OPERANDS)REST; a parameter's operand is its number."""
+
+  name: str
+  shape: str
+  operation: str
+  operands: list[str]
+  rest: str
+
+
+def _instructions(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+  """Instructions of every computation, and the entry's name."""
+  computations: dict[str, list[_Instruction]] = {}
+  current, entry = '', None
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      current = head[2]
+      computations[current] = []
+      entry = current if head[1] else entry
+    elif (found := _INSTRUCTION.match(line)) and current:
+      name = found[0].removesuffix(' = ').split()[-1].lstrip('%')
+      line = line[found.end():]
+      end = _shape_end(line)
+      operation, _, rest = line[end:].lstrip().partition('(')
+      arguments, _, rest = rest.partition(')')
+      operands = [arguments] if operation == 'parameter' else _NAME.findall(arguments)
+      computations[current].append(_Instruction(name, line[:end], operation, operands, rest))
+  return computations, entry
+
+
+def _read_by(fused: list[_Instruction]) -> dict[int, int]:
+  """Bytes that a fusion reads of each of its parameters.
+
+  Numbers are asked for from the result backwards: a slice asks for its own only, what works number
+  by number passes that on, and all else asks for everything.
+  """
+  sizes = {each.name: _count(each.shape) for each in fused}
+  asked = {fused[-1].name: sizes[fused[-1].name]}
+  for each in reversed(fused):
+    own = asked.get(each.name, 0)
+    for operand in each.operands if each.operation != 'parameter' else ():
+      sliced = each.operation in ('slice', 'dynamic-slice') and operand == each.operands[0]
+      alike = sizes.get(operand) == sizes[each.name] and each.operation not in _MIXING
+      more = own if sliced or alike else sizes.get(operand, 0)
+      asked[operand] = min(asked.get(operand, 0) + more, sizes.get(operand, 0))
+  return {int(each.operands[0]): _bytes(each.shape) * asked.get(each.name, 0) // sizes[each.name]
+          for each in fused if each.operation == 'parameter' and sizes[each.name]}
+
+
+def _count(shape: str) -> int:
+  """Numbers of an array, or of all arrays of a tuple."""
+  return sum(math.prod(int(size) for size in sizes.split(',') if size)
+             for _, sizes in _ARRAY.findall(shape))
 
 
 def _walk(computations: Mapping[str, _Computation], name: str, turns: int = 1, known: bool = True

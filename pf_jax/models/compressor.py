@@ -14,12 +14,14 @@ field where the LR branch and the compressed positions put it ("SAME" padding wo
 """
 
 import dataclasses
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pf_jax.kernels.conv3d import Epilogue, conv3d, supports
 from pf_jax.types import Array, VideoSpec, check_shape
 
 
@@ -33,6 +35,8 @@ class CompressorSpec:
     width: of the transformer's tokens.
     temporal_stride: latent frames per compressed frame, 2 (the paper) or 1.
     branches: 'both', or one branch alone: 'hr' or 'lr' (ablations).
+    convolution: implementation of the HR convolutions that it fits, see
+      `pf_jax.kernels.conv3d.conv3d`; 'pallas' computes them in bfloat16. None chooses.
 
   Raises:
     ValueError: no convolution, an unknown stride or branch.
@@ -43,6 +47,7 @@ class CompressorSpec:
   width: int = 128
   temporal_stride: int = 2
   branches: str = 'both'
+  convolution: str | None = None
 
   def __post_init__(self):
     if len(self.channels) < 2:
@@ -131,14 +136,28 @@ class HrBranch(nnx.Module):
     for fan_in, fan_out in zip(spec.channels[:-1], spec.channels[1:], strict=True):
       convs.append(_conv(fan_in, fan_out, (3, 4, 4), (1, 2, 2), rngs))
     self.convs = nnx.List(convs)
+    self.implementation = spec.convolution
     self.out = nnx.Linear(spec.channels[-1], spec.width, rngs=rngs,
                           kernel_init=nnx.initializers.zeros)
 
   def __call__(self, latents: Array) -> Array:
     """[B, F, h, w, C] -> [B, f, h', w', D]."""
     for conv in self.convs:
-      latents = jax.nn.silu(conv(latents))
+      latents = self._convolve(latents, conv)
     return self.out(latents)
+
+  def _convolve(self, x: Array, conv: Any) -> Array:
+    """One convolution and SiLU, in x's dtype."""
+    half = x.astype(jnp.bfloat16) if self.implementation == 'pallas' else x
+    kernel = conv.kernel[...]
+    if self.implementation is None or not supports(self.implementation, half, kernel, conv.strides):
+      return jax.nn.silu(conv(x))
+    _, *space = conv.padding
+    zeros = jnp.zeros_like(half[:, :1])
+    out = conv3d(jnp.concatenate([half, zeros], axis=1), kernel, conv.bias[...], past=zeros,
+                 strides=conv.strides, padding=tuple(space), epilogue=Epilogue(silu=True),
+                 implementation=self.implementation)
+    return out.astype(x.dtype)
 
 
 class Compressor(nnx.Module):

@@ -28,14 +28,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from pf_jax.kernels.conv3d import conv3d
+from pf_jax.kernels.conv3d import Epilogue, conv3d, rms_norm, supports
 from pf_jax.types import DTypes, check_shape
 
 Array = jax.Array
 
-_NORM_FLOOR = 1e-12
 _PIXEL_CHANNELS = 3
 _INITIAL_LOGVAR = -6.0
 
@@ -54,6 +52,8 @@ class VaeSpec:
       Empty: zeros.
     latent_std: per channel. Empty: ones.
     dtypes: precision; the streaming state is kept in `compute`.
+    convolution: implementation of the convolutions that it fits, see
+      `pf_jax.kernels.conv3d.conv3d`; None chooses.
 
   Raises:
     ValueError: sizes that contradict each other.
@@ -67,6 +67,7 @@ class VaeSpec:
   latent_mean: tuple[float, ...] = ()
   latent_std: tuple[float, ...] = ()
   dtypes: DTypes = DTypes()
+  convolution: str | None = None
 
   def __post_init__(self):
     if min(self.base_width, self.latent_channels, self.num_res_blocks,
@@ -149,11 +150,11 @@ class _Stream:
     """Stores the frames that the same convolution will need in the next pass."""
     self.kept.append(slot)
 
-  def extend(self, x: Array, frames: int) -> Array:
-    """Puts the past in front of x and keeps the last `frames` frames of the two together."""
-    x = jnp.concatenate([self.past(x, frames), x], axis=1)
-    self.keep(x[:, x.shape[1] - frames:])
-    return x
+  def before(self, x: Array, frames: int) -> Array:
+    """The past of x; keeps the last `frames` frames of the two together."""
+    past = self.past(x, frames)
+    self.keep(jnp.concatenate([past, x], axis=1)[:, x.shape[1]:])
+    return past
 
 
 class Conv(nnx.Module):
@@ -179,18 +180,20 @@ class Conv(nnx.Module):
     """Replaces the drawn kernel by one that does something sensible from the start."""
     self.kernel[...] = kernel.astype(self.kernel.dtype)
 
-  def __call__(self, x: Array, stream: _Stream) -> Array:
+  def __call__(self, x: Array, stream: _Stream, epilogue: Epilogue = Epilogue()) -> Array:
     """Convolves the next frames of a video, [B, T, H, W, C] -> [B, T, H, W, O]."""
     frames = self.kernel.shape[0] - 1
-    return self.apply(stream.extend(x, frames) if frames else x)
+    return self.apply(x, past=stream.before(x, frames) if frames else None, epilogue=epilogue)
 
-  def apply(self, x: Array, *, strides: tuple[int, int, int] = (1, 1, 1), padding: Any = None):
-    """Convolves x as it is, without looking at any state."""
+  def apply(self, x: Array, *, strides: tuple[int, int, int] = (1, 1, 1), padding: Any = None,
+            past: Array | None = None, epilogue: Epilogue = Epilogue()) -> Array:
+    """Convolves x after its past, without looking at any state."""
     kernel = self.kernel[...]
     if kernel.ndim == 4:
       kernel = kernel[None]
-    return conv3d(x, kernel, self.bias[...], strides=strides, padding=padding,
-                  implementation=self.implementation)
+    fits = supports(self.implementation, x, kernel, strides)
+    return conv3d(x, kernel, self.bias[...], strides=strides, padding=padding, past=past,
+                  epilogue=epilogue, implementation=self.implementation if fits else None)
 
 
 class RMSNorm(nnx.Module):
@@ -201,11 +204,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     """[..., C] -> [..., C]."""
-    wide = x.astype(jnp.float32)
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    # The floor is on the square, so that the gradient of an all-zero vector is not 0/0.
-    wide = wide * lax.rsqrt(jnp.maximum(square, _NORM_FLOOR**2))
-    return (wide * math.sqrt(x.shape[-1]) * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
+    return rms_norm(x, self.gamma[...])
 
 
 class ResBlock(nnx.Module):
@@ -222,9 +221,9 @@ class ResBlock(nnx.Module):
 
   def __call__(self, x: Array, stream: _Stream) -> Array:
     """[B, T, H, W, width_in] -> [B, T, H, W, width]."""
-    y = self.conv1(jax.nn.silu(self.norm1(x)), stream)
-    y = self.conv2(jax.nn.silu(self.norm2(y)), stream)
-    return y + (x if self.shortcut is None else self.shortcut(x, stream))
+    y = self.conv1(jax.nn.silu(self.norm1(x)), stream, Epilogue(self.norm2.gamma[...], silu=True))
+    beside = x if self.shortcut is None else self.shortcut(x, stream)
+    return self.conv2(y, stream, Epilogue(residual=beside))
 
 
 class FrameAttention(nnx.Module):
@@ -277,7 +276,7 @@ class Downsample(nnx.Module):
     if self.time_conv is None:
       return x
     if not stream.first:
-      return self.time_conv.apply(stream.extend(x, 1), strides=(2, 1, 1))
+      return self.time_conv.apply(x, past=stream.before(x, 1), strides=(2, 1, 1))
     stream.keep(x[:, x.shape[1] - 1:])
     if x.shape[1] == 1:
       return x
@@ -312,10 +311,10 @@ class Upsample(nnx.Module):
   def _double_frames(self, x: Array, stream: _Stream) -> Array:
     assert self.time_conv is not None
     batch, frames, height, width, channels = x.shape
-    x = stream.extend(x, self.time_conv.kernel.shape[0] - 1)
+    past = stream.before(x, self.time_conv.kernel.shape[0] - 1)
     if not frames:
-      return x[:, :0]
-    x = self.time_conv.apply(x)
+      return x
+    x = self.time_conv.apply(x, past=past)
     # Output channel k * C + c is channel c of the k-th of the two frames.
     x = x.reshape(batch, frames, height, width, 2, channels)
     return jnp.moveaxis(x, 4, 2).reshape(batch, 2 * frames, height, width, channels)
@@ -382,15 +381,14 @@ class WanVae(nnx.Module):
     spec: sizes and latent statistics.
   """
 
-  def __init__(self, spec: VaeSpec, *, rngs: nnx.Rngs, implementation: str | None = None):
+  def __init__(self, spec: VaeSpec, *, rngs: nnx.Rngs):
     """Builds an untrained VAE.
 
     Args:
       spec: sizes.
       rngs: source of the initial values (stream `params`).
-      implementation: of the convolutions, see `pf_jax.kernels.conv3d`.
     """
-    conv: dict[str, Any] = {'implementation': implementation, 'dtype': spec.dtypes.params}
+    conv: dict[str, Any] = {'implementation': spec.convolution, 'dtype': spec.dtypes.params}
     channels = spec.latent_channels
     self.spec = spec
     self.encoder = Encoder(spec, rngs=rngs, **conv)

@@ -175,7 +175,7 @@ def _sizes(path: pathlib.Path, header: Mapping[str, str], kind: type[NetworkSpec
 def _check_sizes(path: pathlib.Path, own: NetworkSpec, spec: NetworkSpec) -> None:
   for field in dataclasses.fields(spec):
     got, wanted = getattr(own, field.name), getattr(spec, field.name)
-    if field.name not in ('dtypes', 'remat', 'attention') and got != wanted:
+    if field.name not in ('dtypes', 'remat', 'attention', 'convolution') and got != wanted:
       raise WeightsError(f'{path} was converted with {field.name}={ascii(got)[:80]}, the config '
                          f'says {wanted}; use the config of these weights.')
 

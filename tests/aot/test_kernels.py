@@ -13,19 +13,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.wan import t2v_1_3b
 from launch.build import build
-from pf_jax.aot import ptxas
+from pf_jax.aot import hlo, ptxas
 from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
 from pf_jax.aot.traffic import kernels as counted
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import attend, pallas, pallas_gpu
 from pf_jax.kernels.context import Segment, assemble
+from pf_jax.kernels.conv3d import pallas_gpu as conv3d_gpu
 from pf_jax.models import bundle
+from pf_jax.models import vae as vae_lib
 from pf_jax.models.bundle import ModelSpec
 from pf_jax.models.transformer import Attention, RmsNorm, TransformerSpec
 from pf_jax.pipeline import rollout_spec
 from pf_jax.rollout import block as block_lib
 from pf_jax.types import DTypes, tree_bytes
+from tests.kernels.test_conv3d import STAGES
 from tests.kernels.test_pallas import at_full_size
 from tests.kernels.test_rope import full_size
 
@@ -41,6 +44,9 @@ def compiled(function, arguments, **options):
   with ptxas.captured() as lines:
     report = compile_for(function, arguments, H200, **options)
   kernels = ptxas.parse('\n'.join(lines))
+  # Products that wait for each other; those that spill do.
+  assert not any('serialized' in line for line in lines) or any(
+      kernel.spill_store_bytes for kernel in kernels)
   print(*kernels, sep='\n')  # for BENCHMARKS.md
   return report, kernels
 
@@ -268,3 +274,81 @@ def test_a_second_pass_over_the_history_shows():
 
   report, _ = compiled(twice, (history,))
   assert len(moved(report)) == 3
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_convolutions_spill_nothing_and_copy_nothing(name):
+  stage = STAGES[name]
+  report, kernels = compiled(stage.call, stage.arguments())
+  tiles = conv3d_gpu.default_tiles(stage.channels)
+  print(f'{name}: {tiles.shared_bytes(stage.taps[1])} bytes of shared memory, '
+        f'{hlo.traffic(report.executable.as_text()) / 1e6:.0f} MB')
+  assert len(kernels) == 1
+  assert (kernels[0].spill_store_bytes, kernels[0].spill_load_bytes) == (0, 0)
+  text = report.executable.as_text()
+  x, kernel, _, past, _, residual = stage.arguments()
+  least = tree_bytes((x, kernel, past, residual)) + report.output_bytes
+  if stage.strides != (1, 1, 1):
+    # Neighbours become channels: one copy of the input, with all zeros around it, and of the taps.
+    assert hlo.traffic(text) < least + 2.6 * tree_bytes((x, past)) + 3 * tree_bytes(kernel)
+  elif stage.epilogue == 'norm' and tiles.channels < stage.channels:
+    assert hlo.traffic(text) < 1.01 * (least + 2 * report.output_bytes)
+  else:
+    # Every frame is read once from where it lies, and the result is written once.
+    assert report.scratch_bytes < 1e5
+    assert hlo.traffic(text) < 1.01 * least
+
+
+def test_spills_of_convolutions_are_seen():
+  """The mutation: sums for which there are not enough registers."""
+  stage = STAGES['decoder 240x416, 1']
+  tiles = conv3d_gpu.TileSpec(channels=192, patches=2, weights=2)
+  _, [kernel] = compiled(functools.partial(stage.call, tiles=tiles), stage.arguments())
+  assert kernel.spill_store_bytes > 0
+
+
+@pytest.mark.parametrize(('width', 'frames', 'height', 'columns'), [
+    (384, 4, 60, 104), (384, 8, 120, 208), (192, 16, 240, 416), (96, 16, 480, 832)])
+def test_a_residual_block_moves_less_with_it(width, frames, height, columns):
+  """Two in a row less one: at both ends cuDNN's layout costs transposes."""
+  x = jax.ShapeDtypeStruct((1, frames, height, columns, width), jnp.bfloat16)
+  slot = jax.ShapeDtypeStruct((1, 2, *x.shape[2:]), jnp.bfloat16)
+
+  def run(blocks, x, slots):
+    stream = vae_lib._Stream(slots)
+    for block in blocks:
+      x = block(x, stream)
+    return x, stream.kept
+
+  moved = {}
+  for convolution in (None, 'pallas'):
+    block = nnx.eval_shape(lambda convolution=convolution: vae_lib.ResBlock(
+        width, width, rngs=nnx.Rngs(0), implementation=convolution, dtype=jnp.bfloat16))
+    one, two = (hlo.traffic(compiled(run, ([block] * n, x, (slot,) * 2 * n))[0]
+                            .executable.as_text()) for n in (1, 2))
+    moved[convolution] = (two - one) / (tree_bytes(x) + tree_bytes(slot))
+    print(f'{width} channels, {convolution}: {(two - one) / 1e6:.0f} MB, '
+          f'{moved[convolution]:.2f} times all frames')
+  assert moved['pallas'] < 0.75 * moved[None]
+
+
+def test_decoding_a_block_moves_less_with_it():
+  spec = build(ModelSpec, t2v_1_3b.get_config().model)
+  moved = {}
+  for convolution in (None, 'pallas'):
+    sizes = dataclasses.replace(spec.vae, convolution=convolution)
+    vae = nnx.eval_shape(lambda sizes=sizes: vae_lib.WanVae(sizes, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(lambda vae: vae.init_decoder_state(
+        1, spec.video.latent_height, spec.video.latent_width), vae)
+    latents = jax.ShapeDtypeStruct((1, *spec.video.block_latent_shape), jnp.float32)
+    report, kernels = compiled(lambda vae, state, latents: vae.decode_next(state, latents),
+                               (vae, state, latents))
+    text = report.executable.as_text()
+    moved[convolution] = hlo.traffic(text)
+    print(f'{convolution}: {moved[convolution] / 1e9:.1f} GB, {report.scratch_bytes / 1e9:.2f} GB '
+          f'of scratch, {text.count("__cudnn$conv")} by cuDNN, compiled in '
+          f'{report.compile_seconds:.0f} s')
+    assert all(kernel.spill_store_bytes == 0 for kernel in kernels)
+    assert bool(kernels) == (convolution == 'pallas')
+  assert moved['pallas'] < 0.7 * moved[None]

@@ -256,7 +256,7 @@ def test_every_call_is_timed_and_compared(found):
         assert call['of_limit'] == pytest.approx(max(call['of_product'], call['of_copy']))
   names = {suite: [list(case['calls']) for case in cases]
            for suite, cases in found[0]['suites'].items()}
-  assert {tuple(calls) for calls in names['conv3d']} == {tuple(kernels.IMPLEMENTATIONS)}
+  assert {tuple(calls) for calls in names['conv3d']} == {('reference', 'taps')}
   assert names['rollout'] == [['blocks 4 to 5', 'blocks 2 to 3']]
   assert names['context'] == [['ours', 'copy']] * 2
   assert all(calls[:2] == ['ours', 'jax.nn (xla)'] for calls in names['attention'])
@@ -273,6 +273,19 @@ def test_traces_need_a_directory_of_their_own(tiny, monkeypatch, tmp_path):
     (tmp_path / 'profile').mkdir()
     (tmp_path / 'profile' / 'file').write_text('')
     run.run(tiny, SUITES, TINY, tmp_path / 'out', config='tiny', profile=tmp_path / 'profile')
+
+
+def test_the_fused_convolution_is_compared_on_cards_only(monkeypatch):
+  shapes = counts.Convolution((1, 3, 4, 8, 32), (3, 3, 3, 32, 32))
+  monkeypatch.setattr(kernels, 'jitted', lambda function, *inputs: function)
+
+  def compared(dtype):
+    return list(kernels._convolution('here', shapes, dtype).calls)
+
+  assert compared('bfloat16') == ['reference', 'taps']
+  monkeypatch.setattr(kernels, 'target_platform', lambda: 'cuda')
+  assert compared('bfloat16') == ['reference', 'taps', 'pallas']
+  assert compared('float32') == ['reference', 'taps']
 
 
 def test_peers_that_are_absent_say_so(monkeypatch):

@@ -3,9 +3,13 @@
   y[b, t, i, j, o] = bias[o] + sum_{k, p, q, c} x[b, s_t t + k, s_h i + p, s_w j + q, c]
                                                  kernel[k, p, q, c, o]
 
-Time is never padded here: whoever calls has already put the past frames in front of `x`, which is
+Time is never padded here: whoever calls has the past frames, in front of `x` or beside it, which is
 what makes the convolution causal. Space is padded as the caller says.
 """
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +17,84 @@ from jax import lax
 
 Array = jax.Array
 Padding = tuple[tuple[int, int], tuple[int, int]]
+Strides = tuple[int, int, int]
+
+NORM_FLOOR = 1e-12
 
 
-def conv3d_reference(x: Array, kernel: Array, bias: Array, *, strides: tuple[int, int, int],
-                     padding: Padding) -> Array:
+class Epilogue(NamedTuple):
+  """What follows a convolution, in this order.
+
+  Attributes:
+    gain: [O] of an RMS norm over channels, or None.
+    silu: whether x * sigmoid(x) follows.
+    residual: [B, T', H', W', O] that is added, or None.
+  """
+
+  gain: Array | None = None
+  silu: bool = False
+  residual: Array | None = None
+
+
+def rms_norm(x: Array, gain: Array) -> Array:
+  """x / ||x|| * sqrt(C) * gain over channels, in float32; [..., C] -> [..., C] in x's dtype."""
+  wide = x.astype(jnp.float32)
+  square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  # The floor is on the square, so that the gradient of an all-zero vector is not 0/0.
+  wide = wide * lax.rsqrt(jnp.maximum(square, NORM_FLOOR**2))
+  return (wide * math.sqrt(x.shape[-1]) * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def finished(y: Array, epilogue: Epilogue) -> Array:
+  """What follows a convolution, step by step in y's dtype."""
+  if epilogue.gain is not None:
+    y = rms_norm(y, epilogue.gain)
+  if epilogue.silu:
+    y = jax.nn.silu(y)
+  return y if epilogue.residual is None else y + epilogue.residual
+
+
+def output_size(size: Sequence[int], taps: Sequence[int], strides: Sequence[int],
+                padding: Padding) -> tuple[int, int]:
+  """Height and width of the output."""
+  height, width = ((n + sum(pads) - k) // s + 1
+                   for n, k, s, pads in zip(size, taps, strides, padding, strict=True))
+  return height, width
+
+
+def conv3d(x: Array, kernel: Array, bias: Array, *, strides: Strides, padding: Padding,
+           past: Array | None = None, epilogue: Epilogue = Epilogue()) -> Array:
   """One three-dimensional convolution: the definition, and the right choice on accelerators.
 
   Args:
-    x: [B, T, H, W, C], past frames included.
+    x: [B, T, H, W, C], past frames included unless they are given.
     kernel: [kt, kh, kw, C, O].
     bias: [O].
     strides: along (time, height, width).
     padding: zeros (before, after) along height and width.
+    past: [B, P, H, W, C], the frames before x, or None.
+    epilogue: what follows.
 
   Returns:
     [B, T', H', W', O].
   """
-  y = lax.conv_general_dilated(x, kernel, strides, ((0, 0), *padding),
+  y = lax.conv_general_dilated(_joined(past, x), kernel, strides, ((0, 0), *padding),
                                dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
-  return y + bias
+  return finished(y + bias, epilogue)
 
 
-def conv3d_taps(x: Array, kernel: Array, bias: Array, *, strides: tuple[int, int, int],
-                padding: Padding) -> Array:
+def conv3d_taps(x: Array, kernel: Array, bias: Array, *, strides: Strides, padding: Padding,
+                past: Array | None = None, epilogue: Epilogue = Epilogue()) -> Array:
   """The same as a two-dimensional convolution with the temporal taps laid out as channels.
 
   XLA's CPU backend has a fast path for two-dimensional convolutions only. Putting the kt shifted
   copies of `x` side by side costs kt times the input's memory and is 5-9 times faster there
   (measured at 16x64x64 with 4 to 12 channels, float32, two cores).
 
-  Args and returns: as `conv3d_reference`.
+  Args and returns: as `conv3d`.
   """
   taps, kh, kw, channels, out = kernel.shape
+  x = _joined(past, x)
   frames = (x.shape[1] - taps) // strides[0] + 1
   last = (frames - 1) * strides[0] + 1
   columns = jnp.concatenate([x[:, k:k + last:strides[0]] for k in range(taps)], axis=-1)
@@ -55,4 +105,8 @@ def conv3d_taps(x: Array, kernel: Array, bias: Array, *, strides: tuple[int, int
   else:
     y = lax.conv_general_dilated(flat, kernel, strides[1:], padding,
                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  return y.reshape(x.shape[0], frames, *y.shape[1:]) + bias
+  return finished(y.reshape(x.shape[0], frames, *y.shape[1:]) + bias, epilogue)
+
+
+def _joined(past: Array | None, x: Array) -> Array:
+  return x if past is None else jnp.concatenate([past, x], axis=1)
