@@ -102,11 +102,11 @@ def traffic(text: str) -> int:
     shapes[each.name] = each.shape
     if each.operation in _NO_KERNEL:
       continue
-    read = [_bytes(shapes[operand]) for operand in each.operands]
+    read = [shape_bytes(shapes[operand]) for operand in each.operands]
     if each.operation == 'fusion' and (fused := _FUSED.search(each.rest)):
       by_number = _read_by(computations[fused[1]])
       read = [by_number.get(number, size) for number, size in enumerate(read)]
-    moved += _bytes(each.shape) + sum(read)
+    moved += shape_bytes(each.shape) + sum(read)
   return moved
 
 
@@ -132,7 +132,7 @@ def _instructions(text: str) -> tuple[dict[str, list[_Instruction]], str | None]
     elif (found := _INSTRUCTION.match(line)) and current:
       name = found[0].removesuffix(' = ').split()[-1].lstrip('%')
       line = line[found.end():]
-      end = _shape_end(line)
+      end = shape_end(line)
       operation, _, rest = line[end:].lstrip().partition('(')
       arguments, _, rest = rest.partition(')')
       operands = [arguments] if operation == 'parameter' else _NAME.findall(arguments)
@@ -155,7 +155,7 @@ def _read_by(fused: list[_Instruction]) -> dict[int, int]:
       alike = sizes.get(operand) == sizes[each.name] and each.operation not in _MIXING
       more = own if sliced or alike else sizes.get(operand, 0)
       asked[operand] = min(asked.get(operand, 0) + more, sizes.get(operand, 0))
-  return {int(each.operands[0]): _bytes(each.shape) * asked.get(each.name, 0) // sizes[each.name]
+  return {int(each.operands[0]): shape_bytes(each.shape) * asked.get(each.name, 0) // sizes[each.name]
           for each in fused if each.operation == 'parameter' and sizes[each.name]}
 
 
