@@ -155,7 +155,8 @@ def _read_by(fused: list[_Instruction]) -> dict[int, int]:
       alike = sizes.get(operand) == sizes[each.name] and each.operation not in _MIXING
       more = own if sliced or alike else sizes.get(operand, 0)
       asked[operand] = min(asked.get(operand, 0) + more, sizes.get(operand, 0))
-  return {int(each.operands[0]): shape_bytes(each.shape) * asked.get(each.name, 0) // sizes[each.name]
+  return {int(each.operands[0]): shape_bytes(each.shape) * asked.get(each.name, 0)
+                                 // sizes[each.name]
           for each in fused if each.operation == 'parameter' and sizes[each.name]}
 
 
