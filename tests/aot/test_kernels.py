@@ -263,6 +263,16 @@ def test_the_history_is_assembled_in_one_pass():
       assert pair == pytest.approx((rows, rows), rel=0.01)
 
 
+@pytest.mark.parametrize('storage', ['int8', 'float8_e4m3fn'])
+def test_a_history_in_8_bits_is_read_once(storage):
+  """Half precision on the way: half the bytes are read, as many are written."""
+  _, [*history, _] = at_full_size(storage)
+  report, _ = compiled(functools.partial(assemble, dtype='bfloat16'), (history,))
+  rows = 21_632 * 1536 * 2
+  for pair in moved(report):
+    assert pair == pytest.approx((rows / 2, rows), rel=0.01)
+
+
 def test_a_second_pass_over_the_history_shows():
   """The mutation: keys are gathered first and moved afterwards."""
   _, [*history, _] = at_full_size()
