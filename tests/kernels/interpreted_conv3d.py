@@ -99,8 +99,8 @@ def cases() -> dict[str, Problem]:
   }
 
 
-# Planted bugs: what is replaced, by what, and how that shows (see interpreted.py). All end; in words
-# that a traceback does not say by itself.
+# Planted bugs: what is replaced, by what, and how that shows (see interpreted.py), in words that no
+# traceback has by itself.
 MUTATIONS = {
     'no wait for patches': ('plgpu.barrier_wait(scratch.patch_ready.at[place])', 'pass',
                             'phase|RACE DETECTED|wrong values'),
