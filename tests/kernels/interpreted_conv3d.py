@@ -99,14 +99,15 @@ def cases() -> dict[str, Problem]:
   }
 
 
-# Planted bugs: what is replaced, by what, and how that shows (see interpreted.py).
+# Planted bugs: what is replaced, by what, and how that shows (see interpreted.py), in words that no
+# traceback has by itself.
 MUTATIONS = {
     'no wait for patches': ('plgpu.barrier_wait(scratch.patch_ready.at[place])', 'pass',
-                            'phase|RACE|wrong values'),
+                            'phase|RACE DETECTED|wrong values'),
     'no wait for weights': ('plgpu.barrier_wait(scratch.weights_ready.at[at])', 'pass',
-                            'phase|RACE|wrong values'),
+                            'phase|RACE DETECTED|wrong values'),
     'no wait for free room': ('plgpu.barrier_wait(scratch.patch_free.at[place])', 'pass',
-                              'phase|RACE'),
+                              'phase|RACE DETECTED'),
     'taps along the height turned round': (
         'first + down * tiles.columns', 'first + (taps - 1 - down) * tiles.columns',
         'wrong values'),
@@ -116,9 +117,10 @@ MUTATIONS = {
                        '@pl.loop(0, rounds - 1)\n    def _(number):\n      place', 'phase'),
     'one chunk of channels': ('* (channels_in // tiles.chunk)', '* 1', 'wrong values'),
     'residual not waited for': ('plgpu.barrier_wait(scratch.residual_ready)', 'pass',
-                                'phase|RACE|wrong values'),
-    'room given back too early': ('number * taps + down - 1, number - 1 if',
-                                  'number * taps + down, number - 1 if', 'phase|RACE|wrong values'),
+                                'phase|RACE DETECTED|wrong values'),
+    'room given back too early': (
+        'number * taps + down - 1, number - 1 if', 'number * taps + down, number - 1 if',
+        'phase|RACE DETECTED|wrong values'),
     'gone before it is written': ('  plgpu.wait_smem_to_gmem(0)\n', '', 'before kernel finished'),
 }
 
