@@ -134,13 +134,13 @@ def expected(q, segments):
 # noticed as a race, by a phase that nobody saw, or by their numbers.
 MUTATIONS = {
     'no wait for keys': ('plgpu.barrier_wait(scratch.k_ready.at[stage])', 'pass',
-                         'phase|race|wrong values'),
-    'no wait for free room': ('plgpu.barrier_wait(half.free.at[stage])', 'pass', 'race'),
+                         'RACE DETECTED|observed|wrong values'),
+    'no wait for free room': ('plgpu.barrier_wait(half.free.at[stage])', 'pass', 'RACE DETECTED'),
     'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,', None),
     'rotation of the last block': ('group, turn)', 'group, jnp.maximum(turn - 1, 0))',
                                    'wrong values'),
     'no wait for what is stored': ('plgpu.barrier_wait(half.stored_ready.at[place])', 'pass',
-                                   'phase|race|wrong values'),
+                                   'RACE DETECTED|observed|wrong values'),
     'the scale of the next block': ('slot = table.slot[video, number]',
                                     'slot = table.slot[video, number + 1]', 'wrong values'),
     'the keys\' scale on values': ('weights * v_scale', 'weights * k_scale', 'wrong values'),

@@ -77,7 +77,8 @@ def expected(x, scale, table, bias, first):
 # Planted bugs: what is replaced, by what, and how that shows: a pattern of what is said, or None
 # for a kernel that waits for ever.
 MUTATIONS = {
-    'no wait for the rows': ('plgpu.barrier_wait(ready)', 'pass', 'race|wrong values|phase'),
+    'no wait for the rows': ('plgpu.barrier_wait(ready)', 'pass',
+                             'RACE DETECTED|observed|wrong values'),
     'one copy less': ('(scale, scale_s), (cos', '(cos', None),
     'pairs turned the other way': ('a * c - b * s, a * s + b * c', 'a * c + b * s, b * c - a * s',
                                    'wrong values'),
