@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pf_jax import cache as cache_lib
 from pf_jax.kernels import quantization
 from pf_jax.kernels.attention import Blocks, attend
+from pf_jax.kernels.context import assemble
 from pf_jax.models.bundle import VideoModels
 from pf_jax.rollout import block as block_lib
 from pf_jax.rollout import step
@@ -25,6 +26,25 @@ def _stored(blocks: Blocks, storage: str) -> Blocks:
   return blocks._replace(k=k, v=v)
 
 
+def _rounded_products(q: Array, history: Sequence[Blocks], dtype: str) -> Array:
+  """Attention with both factors of both products in `dtype`, sums and softmax in float32."""
+  segment = assemble(history)
+  assert segment.valid is not None  # as of all assembled ones
+  q = quantization.dequantize(quantization.quantize(q, dtype), jnp.float32) * q.shape[-1]**-0.5
+  logits = jnp.einsum('btnh,bsnh->bnts', q, segment.k)
+  logits = jnp.where(segment.valid[:, None, None], logits, -jnp.inf)
+  weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  total = jnp.swapaxes(jnp.sum(weights, axis=-1), 1, 2)[..., None]
+  # One scale for all: weights are 1 at most.
+  weights = quantization.dequantize(quantization.quantize(weights[:, None], dtype), jnp.float32)
+  return jnp.einsum('bnts,bsnh->btnh', weights[:, 0], segment.v) / total
+
+
+def relative(found: Array, exact: Array) -> Array:
+  """Root mean square of the error over that of the exact result."""
+  return jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
+
+
 def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, keys: Array,
                      storages: Sequence[str], *, spec: RolloutSpec, products: Sequence[str] = ()
                      ) -> dict[str, Array]:
@@ -37,12 +57,11 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     keys: [B] typed random keys, one per video.
     storages: dtypes to store them in: those of `quantization.DTYPES`, or e.g. 'bfloat16'.
     spec: static choices.
-    products: of the dtypes of 8 bits, those in which queries are rounded too (as for
-      'pallas_float8'; there anew for every block that they are turned to).
+    products: of the dtypes of 8 bits, those in which queries and weights are rounded too, as for
+      'pallas_float8' (there queries anew for every block that they are turned to).
 
   Returns:
-    [L] for each of `storages`, and for '... products' of each of `products`: root mean square of
-    the error over that of the exact result.
+    [L] for each of `storages`, and for '... products' of each of `products`: see `relative`.
   """
   blocks = state.cache.blocks
   layout = cache_lib.layout(blocks, spec.cache)
@@ -52,14 +71,11 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     history = cache_lib.context(layer, selected, blocks, layout, spec=spec.cache)
     exact = attend(q, history)
 
-    def error(q: Array, storage: str) -> Array:
-      found = attend(q, [_stored(part, storage) for part in history])
-      return jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
-
-    errors = {name: error(q, name) for name in storages}
+    errors = {name: relative(attend(q, [_stored(part, name) for part in history]), exact)
+              for name in storages}
     for name in products:
-      rounded = quantization.dequantize(quantization.quantize(q, name), q.dtype)
-      errors[f'{name} products'] = error(rounded, name)
+      found = _rounded_products(q, [_stored(part, name) for part in history], name)
+      errors[f'{name} products'] = relative(found, exact)
     return history, errors
 
   noise = block_lib.block_noise(keys, blocks, 0, models.spec.video.block_latent_shape)

@@ -114,7 +114,7 @@ def halves():
 def expected_in_float8(q, segments):
   """What the kernel is to compute, by its slow model: queries are rounded once they are turned."""
   with mock.patch.object(pallas_gpu, 'attend_pools', slow_kernel):
-    return pallas.attend(q, segments, float8_keys=True)
+    return pallas.attend(q, segments, float8=True)
 
 
 def expected(q, segments):
@@ -137,13 +137,17 @@ MUTATIONS = {
                          'RACE DETECTED|observed|wrong values'),
     'no wait for free room': ('plgpu.barrier_wait(half.free.at[stage])', 'pass', 'RACE DETECTED'),
     'one tile less': ('lax.fori_loop(plain, count,', 'lax.fori_loop(plain, count - 1,', None),
-    'rotation of the last block': ('group, turn)', 'group, jnp.maximum(turn - 1, 0))',
+    'rotation of the last block': ('_group, turn)', '_group, jnp.maximum(turn - 1, 0))',
                                    'wrong values'),
     'no wait for what is stored': ('plgpu.barrier_wait(half.stored_ready.at[place])', 'pass',
                                    'RACE DETECTED|observed|wrong values'),
-    'the scale of the next block': ('slot = table.slot[video, number]',
-                                    'slot = table.slot[video, number + 1]', 'wrong values'),
-    'the keys\' scale on values': ('weights * v_scale', 'weights * k_scale', 'wrong values'),
+    'the scale of the next block': ('self._scales.k[video, table.slot[video, number]',
+                                    'self._scales.k[video, table.slot[video, number + 1]',
+                                    'wrong values'),
+    'the keys\' scale on values': ('weights * self._scales.v', 'weights * self._scales.k',
+                                   'wrong values'),
+    'values of the next tile': ('table.place[video, number]', 'table.place[video, number] + 1',
+                                'wrong values'),
     'queries turned the other way': ('head * c + turned * s', 'head * c - turned * s',
                                      'wrong values'),
     'mask one row late': ('column < table.high[video, number]',
@@ -179,7 +183,7 @@ def main(mutation: str) -> int:
     if not compare(name, run(q, segments), expected(q, segments)[0]):
       return 1
   for name, q, segments in float8_cases():
-    found = run(q, segments, float8_keys=True)
+    found = run(q, segments, float8=True)
     if not compare(name, found, expected_in_float8(q, segments)):
       return 1
   for name, q, parts in halves():

@@ -173,7 +173,7 @@ def test_lowers_for_a_card_that_is_not_there(tiles):
 def test_lowers_with_blocks_in_8_bits(storage):
   lower(None, storage)
   if storage == pallas.FLOAT8:
-    lower(None, storage, float8_keys=True)
+    lower(None, storage, float8=True)
   with pytest.raises(ValueError, match='239616 bytes of shared memory, of 231424'):
     lower(pallas_gpu.TileSpec(), storage)
 @pytest.fixture

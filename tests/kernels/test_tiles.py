@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pf_jax.kernels.attention.tiles import ALIGNMENT, Pool, tile_table
+from pf_jax.kernels.attention.tiles import ALIGNMENT, Pool, tile_table, transposed
 
 
 def pool(rows: int, index, valid, rotation) -> Pool:
@@ -55,6 +55,22 @@ def test_rows_of_a_later_layer():
   table = tile_table([own, shared], 2, 8)
   assert table.video.tolist() == [[6, 5], [7, 5]]
   assert listed(table, 1) == [(0, 8, 0, 8, 0), (1, 16, 0, 8, 1)]
+
+
+def test_transposed_values_follow_the_tiles():
+  """Two videos of the second of two layers: each tile's rows, wherever it stands in the table."""
+  v = jnp.arange(4 * 22 * 3.0).reshape(4, 22, 3)
+  made = Pool(v, v, 11, jnp.array([[1, 0], [0, 1]]), jnp.array([[True, True], [True, False]]),
+              jnp.array([[0, 1], [0, 1]]), first=2)
+  table, rows = tile_table([made], 2, 8), transposed(made, 8)
+  assert rows.shape == (2, 3, 2 * 3 * 8)  # three tiles, since a block may begin anywhere
+  for video in range(2):
+    for i in range(int(table.total[video])):
+      low, high, place = (int(x[video, i]) for x in (table.low, table.high, table.place))
+      start = int(table.start[video, i])
+      assert table.video[video, i] - 2 == table.own[video, i] == video
+      np.testing.assert_array_equal(rows[video, :, 8 * place + low:8 * place + high],
+                                    v[2 + video, start + low:start + high].T)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -39,48 +39,50 @@ def supports(q: Array, segments: Sequence[Segment | Blocks]) -> bool:
           and q.shape[-1] in (COLUMNS, 2 * COLUMNS) and all(map(fits, segments)))
 
 
-def attend(q: Array, segments: Sequence[Segment | Blocks], *, float8_keys: bool = False,
+def attend(q: Array, segments: Sequence[Segment | Blocks], *, float8: bool = False,
            return_lse: bool = False, tiles: Any = None, interpret: Any = None) -> Any:
   """See `pf_jax.kernels.attention.api.attend`.
 
   Args:
     q: [B, T, N, H].
     segments: what is attended.
-    float8_keys: multiply queries and keys in float8 (see `pallas_float8`).
+    float8: multiply in float8 (see `pallas_float8`).
     return_lse: as there.
     tiles: `pallas_gpu.TileSpec`; None for the tuned ones, else the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
-  return _attend(q, tuple(segments), float8_keys, return_lse, tiles, interpret)
+  return _attend(q, tuple(segments), float8, return_lse, tiles, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _attend(q: Array, segments: tuple[Segment | Blocks, ...], float8_keys: bool, return_lse: bool,
+def _attend(q: Array, segments: tuple[Segment | Blocks, ...], float8: bool, return_lse: bool,
             tiles: Any, interpret: Any) -> Any:
   from pf_jax.kernels.attention import pallas_gpu  # imports much that only cards need
 
   batch, tokens, heads, head_dim = q.shape
-  columns = head_dim if float8_keys else COLUMNS
+  columns = head_dim if float8 else COLUMNS
   pools: list[Pool] = []
   slots: list[_Slots] = []
   for segment in segments:
-    pool, own = _pool(segment, sum(x.shift.shape[1] for x in slots), float8_keys)
+    pool, own = _pool(segment, sum(x.shift.shape[1] for x in slots), float8)
     pools.append(pool)
     slots.append(jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), own))
-  shift, *scales = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
+  shift, k_scale, v_scale = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
+  out_scale = jnp.max(v_scale, axis=1)
   cos, sin = _rotations(shift, head_dim, columns)
   rows = _aligned(q)
-  if float8_keys:
+  if float8:
     unit = _float8_unit(rows)
     rows = (rows / unit[:, None, :, None]).astype(q.dtype)
-    scales[0] = scales[0] * unit[:, None]
+    k_scale = k_scale * unit[:, None]
+    v_scale = v_scale / out_scale[:, None]
   pairs = rows[..., :columns].reshape(*rows.shape[:3], columns // 2, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out, lse = pallas_gpu.attend_pools(
       rows.reshape(batch, -1, heads * head_dim), turned.reshape(batch, -1, heads * columns), cos,
-      sin, pools, scales=scales, head_dim=head_dim, queries=tokens, float8_keys=float8_keys,
-      return_lse=return_lse, tiles=tiles or tuned(q, segments, float8_keys, return_lse),
-      interpret=interpret)
+      sin, pools, scales=pallas_gpu.Scales(k_scale, v_scale, out_scale), head_dim=head_dim,
+      queries=tokens, float8=float8, return_lse=return_lse,
+      tiles=tiles or tuned(q, segments, float8, return_lse), interpret=interpret)
   out = out[:, :tokens].reshape(q.shape)
   return out if lse is None else (out, jnp.swapaxes(lse[:, :, :tokens], 1, 2))
 
@@ -103,17 +105,17 @@ def _blocks(segment: Segment | Blocks) -> tuple[int, int]:
   return segment.valid.shape[1], segment.k.shape[-3]
 
 
-def tuned(q: Array, segments: Sequence[Segment | Blocks], float8_keys: bool = False,
+def tuned(q: Array, segments: Sequence[Segment | Blocks], float8: bool = False,
           return_lse: bool = False) -> Any:
   """`pallas_gpu.TileSpec` that was fastest for these shapes on this device, else the default."""
   from pf_jax.kernels.attention import pallas_gpu
 
   quantized = any(isinstance(segment.k, Quantized) for segment in segments)
-  default = pallas_gpu.default(quantized)
-  name = 'attention in float8' if float8_keys else 'attention'
+  default = pallas_gpu.default(quantized, float8)
+  name = 'attention in float8' if float8 else 'attention'
   found = tuning.sizes(tuning.Problem.here(name, shape_of(q, segments)), default)
   slots = sum(number for number, _ in map(_blocks, segments))
-  needed = found.shared_bytes(q.shape[-1], slots, quantized=quantized, float8_keys=float8_keys,
+  needed = found.shared_bytes(q.shape[-1], slots, quantized=quantized, float8=float8,
                               return_lse=return_lse)
   return found if needed <= pallas_gpu.SHARED_BYTES else default  # tuned without log-sum-exp
 
@@ -137,14 +139,15 @@ class _Slots(NamedTuple):
   v_scale: Array
 
 
-def _pool(segment: Segment | Blocks, slots: int, float8_keys: bool) -> tuple[Pool, _Slots]:
+def _pool(segment: Segment | Blocks, slots: int, float8: bool) -> tuple[Pool, _Slots]:
   """The blocks of a segment, its slots counted on from `slots`."""
   if isinstance(segment, Segment):  # one block that stays where it is
     k: Any
+    v: Any
     k, v = (_aligned(x)[:, None] for x in (segment.k, segment.v))
     rows, one = segment.k.shape[1], (segment.k.shape[0], 1)
-    if float8_keys:
-      k = quantize(k, FLOAT8)
+    if float8:
+      k, v = quantize(k, FLOAT8), quantize(v, FLOAT8)
     segment = Blocks(k, v, jnp.zeros(one), jnp.ones(one, bool))
   else:
     rows = segment.k.shape[-3]
@@ -201,9 +204,9 @@ def _forward(q: Array, segments: tuple[Segment | Blocks, ...], *choices) -> tupl
   return _attend(q, segments, *choices), (q, segments)
 
 
-def _backward(float8_keys: bool, return_lse: bool, tiles: Any, interpret: Any, saved: PyTree,
+def _backward(float8: bool, return_lse: bool, tiles: Any, interpret: Any, saved: PyTree,
               gradient: Any) -> PyTree:
-  del float8_keys, tiles, interpret
+  del float8, tiles, interpret
   return jax.vjp(functools.partial(_library, return_lse=return_lse), *saved)[1](gradient)
 
 

@@ -16,10 +16,10 @@ and then the rest, none for what does not count.
 Blocks stored in 8 bits are fetched as they are. The fetching warpgroup makes them half precision,
 which loses nothing; their scales multiply logits and weights.
 
-With `float8_keys` the product with the keys is one of 8 bits, at twice the rate: keys stay as they
-are stored, and queries are rounded too, each time they are turned. Values are still made half
-precision: tensor cores contract 8 bits along contiguous numbers only, and those of a value are the
-other way round. So the least time is three quarters of that in half precision.
+With `float8` both products are of 8 bits, at twice the rate. Keys are multiplied as they are
+stored; queries are rounded each time they are turned, weights once a tile, on their way through
+shared memory. Tensor cores contract 8 bits along neighbouring numbers only, so the attended values
+are laid out anew before, channels first (`tiles.transposed`).
 """
 
 import dataclasses
@@ -36,11 +36,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels import mosaic
-from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, tile_table
+from pf_jax.kernels.attention.tiles import (
+    ALIGNMENT,
+    COLUMNS,
+    Pool,
+    TileTable,
+    tile_table,
+    transposed,
+)
 from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
 MASKED = -1e30
+FLOAT8_TOP = 8.0  # weights of 8 bits go up to 2 to that; the largest number is 448
 WIDENED = 2048  # numbers that a warpgroup makes half precision at once
 SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
@@ -94,19 +102,21 @@ class TileSpec:
     return 64 if self.keys % COLUMNS else 128
 
   def shared_bytes(self, head_dim: int, slots: int, *, quantized: bool = False,
-                   float8_keys: bool = False, return_lse: bool = False) -> int:
+                   float8: bool = False, return_lse: bool = False) -> int:
     """Shared memory of a program for so many attended blocks, without its barriers."""
     half, full = 2, 4
-    of_keys, columns = (1, head_dim) if float8_keys else (half, COLUMNS)
-    queries = self.queries * (head_dim * of_keys + 2 * columns * half)
-    ring = self.stages * self.keys * head_dim * (of_keys + half)
-    waiting = 2 - float8_keys  # halves of a tile
-    stored = quantized * waiting * self.stored_stages * self.keys * head_dim
-    return queries + ring + stored + (2 * slots * columns + self.queries * return_lse) * full
+    size, columns = (1, head_dim) if float8 else (half, COLUMNS)
+    queries = self.queries * (head_dim * size + 2 * columns * half)
+    ring = 2 * self.stages * self.keys * head_dim * size
+    beside = (self.queries * self.keys if float8 else
+              quantized * 2 * self.stored_stages * self.keys * head_dim)
+    return queries + ring + beside + (2 * slots * columns + self.queries * return_lse) * full
 
 
-def default(quantized: bool) -> TileSpec:
+def default(quantized: bool, float8: bool = False) -> TileSpec:
   """Tiles for any shape. What waits in 8 bits takes the place of a stage."""
+  if float8:
+    return TileSpec(stages=4)
   return TileSpec(stages=2) if quantized else TileSpec()
 
 
@@ -116,8 +126,22 @@ def candidates() -> list[TileSpec]:
   return list(dict.fromkeys([TileSpec(), *(TileSpec(*size) for size in sizes)]))
 
 
+class Scales(NamedTuple):
+  """What is multiplied by for what is stored in 8 bits, float32.
+
+  Attributes:
+    k: [B, r, N], of attended blocks.
+    v: [B, r, N]; with products in float8 1 at most.
+    out: [B, N], with products in float8.
+  """
+
+  k: Array
+  v: Array
+  out: Array
+
+
 def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequence[Pool], *,
-                 scales: Sequence[Array], head_dim: int, queries: int, float8_keys: bool = False,
+                 scales: Scales, head_dim: int, queries: int, float8: bool = False,
                  return_lse: bool = False, tiles: TileSpec = TileSpec(), interpret: Any = None
                  ) -> tuple[Array, Array | None]:
   """One softmax over the blocks of all pools.
@@ -125,14 +149,14 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   Args:
     q: [B, T, N * H], half precision, T a multiple of `ALIGNMENT`.
     turned: [B, T, N * c], the first c columns of every head turned by a quarter: each pair (a, b)
-      as (-b, a). c is COLUMNS, with float8_keys H.
+      as (-b, a). c is COLUMNS, with float8 H.
     cos: [B, r, c] float32, for every attended block; 1 where nothing is rotated.
     sin: [B, r, c] float32; 0 there.
     pools: their batch may be smaller by a whole factor.
-    scales: of keys and of values, each [B, r, N] float32; read where a pool has 8 bits.
+    scales: read where a pool has 8 bits.
     head_dim: H, a multiple of `COLUMNS`.
     queries: how many of the T are no padding, for the count of operations.
-    float8_keys: multiply in float8, in which all keys are; queries fit its numbers however they are
+    float8: multiply in float8, in which all pools are; queries fit its numbers however they are
       turned.
     return_lse: also return the log-sum-exp; a kernel without it does not compute it.
     tiles: sizes.
@@ -145,10 +169,10 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
     ValueError: more blocks than there is shared memory for.
   """
   stored = next((pool.k.dtype for pool in pools if pool.quantized), None)
-  kernel = _Kernel(q.dtype, stored, head_dim, tiles, float8_keys, return_lse,
+  kernel = _Kernel(q.dtype, stored, head_dim, tiles, float8, return_lse,
                    interpret is not None)
   needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized=stored is not None,
-                              float8_keys=float8_keys, return_lse=return_lse)
+                              float8=float8, return_lse=return_lse)
   if needed > SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
                      f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
@@ -156,13 +180,16 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   if return_lse:
     out_type.append(jax.ShapeDtypeStruct((batch, width // head_dim, tokens), jnp.float32))
+  cost = _cost(q, turned, pools, out_type, head_dim, queries)
+  if float8:
+    pools = [pool._replace(v=transposed(pool, tiles.keys)) for pool in pools]
   out, *lse = mosaic.kernel(
       functools.partial(_program, pools=len(pools), kernel=kernel), name='attention',
       out_type=out_type, scratch_types=_scratch(kernel, cos.shape[1]),
       grid=(batch, width // head_dim, pl.cdiv(tokens, tiles.queries)),
       grid_names=('video', 'head', 'tile'),
       num_threads=tiles.warpgroups + 1, thread_name='warpgroup', interpret=interpret,
-      cost=_cost(q, turned, pools, out_type, head_dim, queries))(
+      cost=cost)(
           q, turned, cos, sin, *scales, *tile_table(pools, batch, tiles.keys),
           *(x for pool in pools for x in (pool.k, pool.v)))
   return out, lse[0] if lse else None
@@ -189,7 +216,7 @@ class _Kernel(NamedTuple):
     stored: dtype of the pools in 8 bits, None if there are none.
     head_dim: H.
     tiles: sizes.
-    float8_keys: multiply queries and keys in 8 bits.
+    float8: multiply in 8 bits.
     return_lse: also write the log-sum-exp.
     interpreted: by Pallas' interpreter.
   """
@@ -198,19 +225,19 @@ class _Kernel(NamedTuple):
   stored: Any
   head_dim: int
   tiles: TileSpec
-  float8_keys: bool
+  float8: bool
   return_lse: bool
   interpreted: bool
 
   @property
-  def key_dtype(self) -> Any:
-    """Of the product with keys."""
-    return self.stored if self.float8_keys else self.dtype
+  def product(self) -> Any:
+    """Dtype of what is multiplied."""
+    return self.stored if self.float8 else self.dtype
 
   @property
   def columns(self) -> int:
     """Of a head, that are turned together."""
-    return self.head_dim if self.float8_keys else COLUMNS
+    return self.head_dim if self.float8 else COLUMNS
 
 
 class _Scratch(NamedTuple):
@@ -221,10 +248,11 @@ class _Scratch(NamedTuple):
     head: [w, 64, COLUMNS], their first columns as they came, to be turned anew for every block.
     turned: [w, 64, COLUMNS].
     k: [stages, keys, H].
-    v: [stages, keys, H].
+    v: [stages, keys, H]; in 8 bits [stages, H, keys].
     stored_k: [stored_stages, keys, H], keys in 8 bits; None where there are none. Likewise
       stored_v.
-    p: [w, 64, keys], weights; for the interpreter, which multiplies from shared memory only.
+    p: [w, 64, keys], weights in 8 bits; others for the interpreter only, which multiplies out of
+      shared memory.
     lse: [w, 64] float32, or None.
     cos: [r, COLUMNS] float32.
     sin: [r, COLUMNS] float32.
@@ -269,28 +297,35 @@ def _scratch(kernel: _Kernel, slots: int) -> _Scratch:
   groups, stages = tiles.warpgroups, tiles.stages
   stored: Any = None
   stored_ready: Any = None
-  if kernel.stored is not None:
+  if kernel.stored is not None and not kernel.float8:
     stored = plgpu.SMEM((tiles.stored_stages, tiles.keys, head_dim), kernel.stored)
     stored_ready = plgpu.Barrier(num_barriers=tiles.stored_stages)
+  if kernel.float8:
+    along = math.gcd(tiles.keys, 128)
+    values = room(stages, head_dim, tiles.keys, dtype=kernel.stored, swizzle=along)
+    weights = room(groups, ROWS, tiles.keys, dtype=kernel.stored, swizzle=along)
+  else:
+    values = room(stages, tiles.keys, head_dim, swizzle=tiles.v_swizzle)
+    weights = room(groups, ROWS, tiles.keys, swizzle=64)
   return _Scratch(
-      q=room(groups, ROWS, head_dim, dtype=kernel.key_dtype), head=room(groups, ROWS, columns),
+      q=room(groups, ROWS, head_dim, dtype=kernel.product), head=room(groups, ROWS, columns),
       turned=room(groups, ROWS, columns),
-      k=room(stages, tiles.keys, head_dim, dtype=kernel.key_dtype),
-      v=room(stages, tiles.keys, head_dim, swizzle=tiles.v_swizzle),
-      stored_k=None if kernel.float8_keys else stored, stored_v=stored,
-      p=room(groups, ROWS, tiles.keys, swizzle=64) if kernel.interpreted else None,
+      k=room(stages, tiles.keys, head_dim, dtype=kernel.product), v=values,
+      stored_k=stored, stored_v=stored,
+      p=weights if kernel.float8 or kernel.interpreted else None,
       lse=plgpu.SMEM((groups, ROWS), jnp.float32) if kernel.return_lse else None,
       cos=plgpu.SMEM((slots, columns), jnp.float32),
       sin=plgpu.SMEM((slots, columns), jnp.float32),
-      q_ready=plgpu.Barrier(num_arrivals=2 if kernel.float8_keys else 3, num_barriers=groups),
+      q_ready=plgpu.Barrier(num_arrivals=2 if kernel.float8 else 3, num_barriers=groups),
       table_ready=plgpu.Barrier(num_arrivals=2),
       k_ready=plgpu.Barrier(num_barriers=stages), v_ready=plgpu.Barrier(num_barriers=stages),
-      stored_k_ready=None if kernel.float8_keys else stored_ready, stored_v_ready=stored_ready,
+      stored_k_ready=stored_ready, stored_v_ready=stored_ready,
       k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
       v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages))
 
 
-def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools: int, kernel: _Kernel):
+def _program(q, turned, cos, sin, k_scale, v_scale, out_scale, *refs, pools: int,
+             kernel: _Kernel):
   """What one program does; arguments are references to global memory, then to shared memory."""
   fields = len(TileTable._fields)
   inputs, outputs = fields + 2 * pools, 1 + kernel.return_lse
@@ -303,7 +338,8 @@ def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools: int, kernel: _
   @pl.when(group < groups)
   def _():
     plgpu.set_max_registers(computing, action='increase')
-    _compute((q, turned), (k_scale, v_scale), table, results, scratch, kernel)
+    scales = Scales(k_scale, v_scale, out_scale)
+    _Computing(scales, table, scratch, kernel).all_tiles(q, turned, results)
 
   @pl.when(group == groups)
   def _():
@@ -314,64 +350,101 @@ def _program(q, turned, cos, sin, k_scale, v_scale, *refs, pools: int, kernel: _
     _Fetching(_halves(arrays, scratch, kernel), table, kernel).all_tiles()
 
 
-def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
-  """One warpgroup: its 64 queries against all tiles."""
-  (q, turned), (out, *lse), (k_scale, v_scale) = queries, results, scales
-  tiles, head_dim = kernel.tiles, kernel.head_dim
-  group, video, head = (lax.axis_index(name) for name in ('warpgroup', 'video', 'head'))
-  rows = pl.ds((lax.axis_index('tile') * tiles.warpgroups + group) * ROWS, ROWS)
-  whole = pl.ds(head * head_dim, head_dim)
-  first, q_s, head_s = pl.ds(head * kernel.columns, kernel.columns), *(
-      room.at[group] for room in (scratch.q, scratch.head))
-  if kernel.float8_keys:  # no query is multiplied before it was turned
-    copies = [(q.at[video, rows, whole], head_s)]
-  else:
-    copies = [(q.at[video, rows, whole], q_s),
-              (q.at[video, rows, pl.ds(head * head_dim, COLUMNS)], head_s)]
-  for source, room in (*copies, (turned.at[video, rows, first], scratch.turned.at[group])):
-    plgpu.copy_gmem_to_smem(source, room, scratch.q_ready.at[group])
-  plgpu.barrier_wait(scratch.q_ready.at[group])
-  plgpu.barrier_wait(scratch.table_ready)
+class _Computing:
+  """A computing warpgroup: its 64 queries against all tiles."""
 
-  def attend_tile(number, carry, *, masked):
+  def __init__(self, scales: Scales, table: TileTable, scratch: _Scratch, kernel: _Kernel):
+    self._scales, self._table, self._scratch, self._kernel = scales, table, scratch, kernel
+    self._group, self._video, self._head = (lax.axis_index(name)
+                                            for name in ('warpgroup', 'video', 'head'))
+
+  def all_tiles(self, q, turned, results):
+    """Attends them in turn and writes what comes out."""
+    table, video, head_dim = self._table, self._video, self._kernel.head_dim
+    tile = lax.axis_index('tile') * self._kernel.tiles.warpgroups + self._group
+    rows = pl.ds(tile * ROWS, ROWS)
+    self._fetch_queries(q, turned, rows)
+    carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), MASKED, jnp.float32),
+             jnp.zeros((ROWS,), jnp.float32))
+    plain, count = table.plain[video], table.total[video]
+    carry = lax.fori_loop(0, plain, functools.partial(self._attend, masked=False), carry)
+    carry = lax.fori_loop(plain, count, functools.partial(self._attend, masked=True), carry)
+    self._write(carry, rows, *results)
+
+  def _fetch_queries(self, q, turned, rows):
+    scratch, columns = self._scratch, self._kernel.columns
+    whole, first, of_turned = (pl.ds(self._head * size, part) for size, part in (
+        (self._kernel.head_dim, self._kernel.head_dim), (self._kernel.head_dim, columns),
+        (columns, columns)))
+    copies = [(q, first, scratch.head), (turned, of_turned, scratch.turned)]
+    if not self._kernel.float8:  # there no query is multiplied before it was turned
+      copies.append((q, whole, scratch.q))
+    ready = scratch.q_ready.at[self._group]
+    for array, part, room in copies:
+      plgpu.copy_gmem_to_smem(array.at[self._video, rows, part], room.at[self._group], ready)
+    plgpu.barrier_wait(ready)
+    plgpu.barrier_wait(scratch.table_ready)
+
+  def _attend(self, number, carry, *, masked):
     """Adds one tile to the running maximum, sum and weighted values."""
     acc, top, total = carry
+    scratch, tiles = self._scratch, self._kernel.tiles
     stage = lax.rem(number, jnp.int32(tiles.stages))
-    turn = table.turn[video, number]
-    pl.when(turn >= 0)(lambda: _turn_queries(scratch, group, turn))
+    turn = self._table.turn[self._video, number]
+    pl.when(turn >= 0)(lambda: _turn_queries(scratch, self._group, turn))
     plgpu.barrier_wait(scratch.k_ready.at[stage])
-    logits = _multiply_keys(q_s, scratch.k.at[stage], tiles.keys)
+    logits = _multiply_keys(scratch.q.at[self._group], scratch.k.at[stage], tiles.keys)
     plgpu.barrier_arrive(scratch.k_free.at[stage])
+    weights, highest = self._weights(logits, top, number, masked)
+    keep = jnp.exp2(top - highest)
+    total = total * keep + weights.sum(axis=1)
+    if self._kernel.stored is not None:
+      weights = weights * self._scales.v[self._video, self._table.slot[self._video, number],
+                                         self._head]
+    acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
+    plgpu.barrier_wait(scratch.v_ready.at[stage])
+    acc = _add_values(acc, weights, scratch.v.at[stage],
+                      None if scratch.p is None else scratch.p.at[self._group], self._kernel)
+    plgpu.barrier_arrive(scratch.v_free.at[stage])
+    return acc, highest, total
+
+  def _weights(self, logits, top, number, masked):
+    """[64, keys] relative to a new maximum [64], in base 2."""
+    table, video, kernel = self._table, self._video, self._kernel
     if masked:
       column = _columns(logits.shape, kernel.interpreted)
       counts = (column >= table.low[video, number]) & (column < table.high[video, number])
       logits = jnp.where(counts, logits, MASKED)
-    unit = math.log2(math.e) / math.sqrt(head_dim)
+    unit: Any = math.log2(math.e) / math.sqrt(kernel.head_dim)
     if kernel.stored is not None:
-      slot = table.slot[video, number]
-      unit = unit * k_scale[video, slot, head]
-    highest = jnp.maximum(top, logits.max(axis=1) * unit)
-    keep = jnp.exp2(top - highest)
-    weights = jnp.exp2(logits * unit - lax.broadcast_in_dim(highest, logits.shape, [0]))
-    total = total * keep + weights.sum(axis=1)
-    if kernel.stored is not None:
-      weights = weights * v_scale[video, slot, head]
-    acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-    plgpu.barrier_wait(scratch.v_ready.at[stage])
-    acc = _add_values(acc, weights.astype(kernel.dtype), scratch.v.at[stage],
-                      scratch.p.at[group] if kernel.interpreted else None)
-    plgpu.barrier_arrive(scratch.v_free.at[stage])
-    return acc, highest, total
+      unit = unit * self._scales.k[video, table.slot[video, number], self._head]
+    highest = logits.max(axis=1) * unit
+    if kernel.float8:
+      highest = highest - FLOAT8_TOP
+    highest = jnp.maximum(top, highest)
+    return jnp.exp2(logits * unit - lax.broadcast_in_dim(highest, logits.shape, [0])), highest
 
-  carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), MASKED, jnp.float32),
-           jnp.zeros((ROWS,), jnp.float32))
-  plain, count = table.plain[video], table.total[video]
-  carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
-  carry = lax.fori_loop(plain, count, functools.partial(attend_tile, masked=True), carry)
-  places = [(head_s if kernel.float8_keys else q_s, out.at[video, rows, whole])]
-  if lse:
-    places.append((scratch.lse.at[group], lse[0].at[video, head, rows]))
-  _write(carry, *places)
+  def _write(self, carry, rows, out, lse=None):
+    """What the loops leave, by way of shared memory."""
+    acc, top, total = carry
+    scratch, kernel, whole = self._scratch, self._kernel, pl.ds(
+        self._head * self._kernel.head_dim, self._kernel.head_dim)
+    room = (scratch.head if kernel.float8 else scratch.q).at[self._group]
+    copies = [(room, out.at[self._video, rows, whole])]
+    if lse is not None:
+      total = jnp.maximum(total, SMALLEST)
+      lse_room = scratch.lse.at[self._group]
+      lse_room[...] = top * math.log(2) + jnp.log(total)
+      copies.append((lse_room, lse.at[self._video, self._head, rows]))
+    scale: Any = 1.0
+    if kernel.float8:
+      scale = self._scales.out[self._video, self._head]
+    share = scale / total
+    room[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(room.dtype)
+    plgpu.commit_smem()
+    for source, target in copies:
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _turn_queries(scratch, group, slot):
@@ -385,21 +458,6 @@ def _turn_queries(scratch, group, slot):
   plgpu.commit_smem()
 
 
-def _write(carry, place, lse_place=None):
-  """What the loops leave, by way of shared memory; places are pairs (shared, global)."""
-  acc, top, total = carry
-  if lse_place is not None:
-    total = jnp.maximum(total, SMALLEST)
-    lse_place[0][...] = top * math.log(2) + jnp.log(total)
-  shared = place[0]
-  shared[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(shared.dtype)
-  plgpu.commit_smem()
-  for pair in (place, lse_place):
-    if pair is not None:
-      plgpu.copy_smem_to_gmem(*pair)
-  plgpu.wait_smem_to_gmem(0)
-
-
 def _multiply_keys(q, k, keys: int) -> Array:
   """[64, keys] float32."""
 
@@ -410,18 +468,22 @@ def _multiply_keys(q, k, keys: int) -> Array:
   return pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
 
 
-def _add_values(acc: Array, weights: Array, v, room) -> Array:
+def _add_values(acc: Array, weights: Array, v, room, kernel: _Kernel) -> Array:
   """acc [64, H] plus weights [64, keys] times values; by way of `room` if it is there."""
-  if room is None:
-    def add(ref):
-      plgpu.wgmma(ref, weights, v)
+  weights = weights.astype(kernel.product)
+  values = v.transpose((1, 0)) if kernel.float8 else v
+  if room is not None:
+    room[...] = weights
+    plgpu.commit_smem()
 
+  def add(ref):
+    plgpu.wgmma(ref, weights if room is None else room, values)
+
+  if not kernel.interpreted:
     return pl.run_state(add)(plgpu.ACC.init(acc))
-  room[...] = weights
-  plgpu.commit_smem()
 
   def product(ref):
-    plgpu.wgmma(ref, room, v)
+    add(ref)
     return ref[...]
 
   return acc + pl.run_scoped(product, plgpu.ACC((ROWS, acc.shape[1]), jnp.float32))
@@ -443,6 +505,7 @@ class _Half(NamedTuple):
     stored_room: for tiles in 8 bits, beside the ring.
     stored_ready: a barrier for each stage of it.
     swizzle: of the ring, bytes.
+    transposed: whether channels come first, tile after tile.
     whole: references to arrays by pool, of those that go straight into the ring.
     stored: of those that are made half precision on the way.
   """
@@ -453,6 +516,7 @@ class _Half(NamedTuple):
   stored_room: Any
   stored_ready: Any
   swizzle: int
+  transposed: bool
   whole: dict[int, Any]
   stored: dict[int, Any]
 
@@ -466,9 +530,10 @@ def _halves(arrays, scratch, kernel: _Kernel) -> tuple[_Half, _Half]:
             for fits in (True, False)]
 
   return (_Half(scratch.k, scratch.k_ready, scratch.k_free, scratch.stored_k,
-                scratch.stored_k_ready, 128, *sorted_out(keys, kernel.key_dtype)),
+                scratch.stored_k_ready, 128, False, *sorted_out(keys, kernel.product)),
           _Half(scratch.v, scratch.v_ready, scratch.v_free, scratch.stored_v,
-                scratch.stored_v_ready, kernel.tiles.v_swizzle, *sorted_out(values, kernel.dtype)))
+                scratch.stored_v_ready, kernel.tiles.v_swizzle, kernel.float8,
+                *sorted_out(values, kernel.product)))
 
 
 class _Fetching:
@@ -498,23 +563,29 @@ class _Fetching:
       for half in self._halves:
         plgpu.barrier_wait(half.free.at[lax.rem(number, jnp.int32(tiles.stages))])
 
-  def _start(self, number, pools: dict[int, Any], room, ready):
+  def _start(self, number, half: _Half, pools: dict[int, Any], room, ready):
     """Starts to fetch half a tile, if it is of one of these pools."""
-    table, video = self._table, self._video
-    rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), self._kernel.tiles.keys)
+    table, video, keys = self._table, self._video, self._kernel.tiles.keys
     columns = pl.ds(lax.axis_index('head') * self._kernel.head_dim, self._kernel.head_dim)
+    if half.transposed:
+      rows = pl.ds(pl.multiple_of(table.place[video, number] * keys, keys), keys)
+      where = table.own[video, number], columns, rows
+    else:
+      rows = pl.ds(pl.multiple_of(table.start[video, number], ALIGNMENT), keys)
+      where = table.video[video, number], rows, columns
     for index, ref in pools.items():
 
       @pl.when(table.pool[video, number] == index)
       def _(ref=ref):
-        plgpu.copy_gmem_to_smem(ref.at[table.video[video, number], rows, columns], room, ready)
+        plgpu.copy_gmem_to_smem(ref.at[where], room, ready)
 
   def _start_stored(self, number):
     """The same for what waits in 8 bits."""
     place = lax.rem(number, jnp.int32(self._kernel.tiles.stored_stages))
     for half in self._halves:
       if half.stored:
-        self._start(number, half.stored, half.stored_room.at[place], half.stored_ready.at[place])
+        self._start(number, half, half.stored, half.stored_room.at[place],
+                    half.stored_ready.at[place])
 
   def _place(self, number, half: _Half):
     """Half a tile into the ring."""
@@ -526,7 +597,7 @@ class _Fetching:
     def _():
       plgpu.barrier_wait(half.free.at[stage])
 
-    self._start(number, half.whole, half.room.at[stage], half.ready.at[stage])
+    self._start(number, half, half.whole, half.room.at[stage], half.ready.at[stage])
     if not half.stored:
       return
     stored = [self._table.pool[self._video, number] == index for index in half.stored]
