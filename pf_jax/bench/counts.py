@@ -12,7 +12,7 @@ With queries T, keys S, width D, hidden width E, text rows R, a layer of the tra
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pf_jax.cache import CacheSpec
+from pf_jax.kernels import conv3d
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.models.transformer import TransformerSpec
 from pf_jax.train import flops
@@ -59,29 +60,6 @@ def dense(rows: int, fan_in: int, fan_out: int) -> int:
 def attention(queries: int, keys: int, width: int) -> int:
   """Of the two products; `width` is that of all heads together."""
   return 4 * queries * keys * width
-
-
-def _meetings(size: int, taps: int, stride: int, padding: tuple[int, int]) -> tuple[int, int]:
-  """Outputs along one axis, and pairs of an output and a tap that meets data."""
-  low, high = padding
-  out = (size + low + high - taps) // stride + 1
-  starts = [position * stride - low for position in range(out)]
-  return out, sum(min(start + taps, size) - max(start, 0) for start in starts)
-
-
-def convolution(x: Sequence[int], kernel: Sequence[int], strides: Sequence[int],
-                padding: Sequence[tuple[int, int]]) -> int:
-  """Of a convolution over time and space.
-
-  Args:
-    x: [B, T, H, W, C].
-    kernel: [kt, kh, kw, C, O].
-    strides: along time, height, width.
-    padding: zeros (before, after) along them; taps that meet them do nothing.
-  """
-  axes = zip(x[1:4], kernel[:3], strides, padding, strict=True)
-  pairs = math.prod(_meetings(*axis)[1] for axis in axes)
-  return 2 * x[0] * pairs * kernel[3] * kernel[4]
 
 
 def layer(dit: TransformerSpec, tokens: int, keys: int, text_rows: int) -> int:
@@ -143,8 +121,7 @@ def hr_convolutions(models: VideoModels) -> list[Convolution]:
   for conv in models.compressor.hr.convs:
     kernel, strides = conv.kernel.shape, cast(tuple[int, int, int], conv.strides)
     found.append(Convolution((1, *size, kernel[3]), kernel, strides))
-    size = [_meetings(axis, taps, stride, (1, 1))[0]
-            for axis, taps, stride in zip(size, kernel[:3], strides, strict=True)]
+    size = list(conv3d.output_size(size, kernel[:3], strides, [(1, 1)] * 3))
   return found
 
 
@@ -152,6 +129,6 @@ def compress(models: VideoModels) -> int:
   """Of both branches of the compressor, without the VAE's encoder."""
   dit, tokens = models.spec.transformer, math.prod(models.spec.mid_grid)
   convolutions = hr_convolutions(models)
-  hr = sum(convolution(*each, [(1, 1)] * 3) for each in convolutions)
+  hr = sum(conv3d.operations(*each, [(1, 1)] * 3) for each in convolutions)
   return (hr + dense(tokens, convolutions[-1].kernel[4], dit.width)
           + dense(tokens, dit.patch_volume * dit.in_channels, dit.width))

@@ -17,7 +17,7 @@ from pf_jax.cache import CacheSpec, LayerCache, Layout
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Blocks, Segment, attend, pallas
 from pf_jax.kernels.context import assemble
-from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d, supports
+from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d, operations, supports
 from pf_jax.kernels.platform import target_platform
 from pf_jax.models.bundle import VideoModels
 from pf_jax.models.vae import ResBlock, Upsample
@@ -212,7 +212,7 @@ def _convolution(name: str, shapes: counts.Convolution, dtype: str) -> Case:
   first = next(iter(functions.values()))
   return Case(
       name, {name: jitted(function, *inputs) for name, function in functions.items()}, dtype,
-      flops=counts.convolution(x, kernel, strides, ((0, 0), *space)),
+      flops=operations(x, kernel, strides, ((0, 0), *space)),
       bytes=counts.moved(first, *inputs), traced_flops=counts.traced(first, *inputs),
       shapes={'x': x, 'kernel': kernel, 'strides': strides})
 

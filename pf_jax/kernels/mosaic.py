@@ -14,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def kernel(body: Callable[..., None], *, name: str, out_type: Any, scratch_types: Sequence[Any],
-           grid: tuple[int, ...], grid_names: tuple[str, ...], num_threads: int, thread_name: str,
-           cost: pl.CostEstimate, interpret: Any = None) -> Callable:
+           grid: tuple[int, ...], grid_names: tuple[str, ...], cost: pl.CostEstimate,
+           num_threads: int | None = None, thread_name: str | None = None, interpret: Any = None
+           ) -> Callable:
   """A function of arrays that runs `body` on references to them, to its results and to scratch.
 
   Args:
@@ -25,17 +26,17 @@ def kernel(body: Callable[..., None], *, name: str, out_type: Any, scratch_types
     scratch_types: shared memory and barriers of a program.
     grid: programs along each axis.
     grid_names: of the axes.
-    num_threads: warpgroups of a program.
-    thread_name: the axis that tells them apart.
     cost: of the whole grid: operations of products without padding, bytes of global memory with
       each operand and result once.
+    num_threads: warpgroups of a program; None: one.
+    thread_name: the axis that tells them apart.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
   mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, num_threads=num_threads,
                     thread_name=thread_name)
 
   def with_scratch(*refs: Any) -> None:
-    pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=thread_name)
+    pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=thread_name or ())
 
   return pl.kernel(
       with_scratch, out_type=out_type, mesh=mesh, name=name,

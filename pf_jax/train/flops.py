@@ -150,7 +150,7 @@ class _Traffic(_Counter):
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
   def estimated(self, estimate: Any) -> int:
-    return estimate.bytes_accessed
+    return estimate.bytes_accessed if estimate.flops else 0
 
 
 def _jaxprs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
@@ -199,8 +199,8 @@ def traffic_of_jaxpr(closed: Any, *, trips: int | None = None) -> int:
   """Bytes that the products of a traced function read and write, on all devices together.
 
   Each product reads its operands once and writes its result once; whatever is elementwise is taken
-  to be computed by the product before or after it, and moves nothing. It is a lower bound, but for
-  results that the compiler keeps from one product to the next.
+  to be computed by the product before or after it, and moves nothing, even if it is a kernel of its
+  own. It is a lower bound, but for results that the compiler keeps from one product to the next.
 
   Args:
     closed: from `jax.make_jaxpr`, or traced for another machine.

@@ -13,10 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.wan import t2v_1_3b
 from launch.build import build
-from pf_jax.aot import hlo, ptxas
+from pf_jax.aot import ptxas, traffic
 from pf_jax.aot.compile import compile_for, device_mesh
 from pf_jax.aot.targets import TARGETS
-from pf_jax.aot.traffic import kernels as counted
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import attend, pallas, pallas_gpu
 from pf_jax.kernels.context import Segment, assemble
@@ -153,7 +152,7 @@ def test_a_whole_block_of_the_1_3b_with_our_kernels(storage, dtype):
 
 def moved(report, *, at_least=1e6):
   """(read, written) of each kernel of a program but for small ones, in order."""
-  found = counted(report.executable.as_text())
+  found = traffic.kernels(report.executable.as_text())
   print(*found, sep='\n')
   return [(kernel.read, kernel.written) for kernel in found if kernel.moved > at_least]
 
@@ -293,7 +292,7 @@ def test_convolutions_spill_nothing_and_copy_nothing(name):
   report, kernels = compiled(stage.call, stage.arguments())
   tiles = conv3d_gpu.default_tiles(stage.channels)
   print(f'{name}: {tiles.shared_bytes(stage.taps[1])} bytes of shared memory, '
-        f'{hlo.traffic(report.executable.as_text()) / 1e6:.0f} MB')
+        f'{traffic.moved(report.executable.as_text()) / 1e6:.0f} MB')
   assert len(kernels) == 1
   assert (kernels[0].spill_store_bytes, kernels[0].spill_load_bytes) == (0, 0)
   text = report.executable.as_text()
@@ -301,13 +300,13 @@ def test_convolutions_spill_nothing_and_copy_nothing(name):
   least = tree_bytes((x, kernel, past, residual)) + report.output_bytes
   if stage.strides != (1, 1, 1):
     # Neighbours become channels: one copy of the input, with all zeros around it, and of the taps.
-    assert hlo.traffic(text) < least + 2.6 * tree_bytes((x, past)) + 3 * tree_bytes(kernel)
+    assert traffic.moved(text) < least + 2.6 * tree_bytes((x, past)) + 3 * tree_bytes(kernel)
   elif stage.epilogue == 'norm' and tiles.channels < stage.channels:
-    assert hlo.traffic(text) < 1.01 * (least + 2 * report.output_bytes)
+    assert traffic.moved(text) < 1.01 * (least + 2 * report.output_bytes)
   else:
     # Every frame is read once from where it lies, and the result is written once.
     assert report.scratch_bytes < 1e5
-    assert hlo.traffic(text) < 1.01 * least
+    assert traffic.moved(text) < 1.01 * least
 
 
 def test_spills_of_convolutions_are_seen():
@@ -335,7 +334,7 @@ def test_a_residual_block_moves_less_with_it(width, frames, height, columns):
   for convolution in (None, 'pallas'):
     block = nnx.eval_shape(lambda convolution=convolution: vae_lib.ResBlock(
         width, width, rngs=nnx.Rngs(0), implementation=convolution, dtype=jnp.bfloat16))
-    one, two = (hlo.traffic(compiled(run, ([block] * n, x, (slot,) * 2 * n))[0]
+    one, two = (traffic.moved(compiled(run, ([block] * n, x, (slot,) * 2 * n))[0]
                             .executable.as_text()) for n in (1, 2))
     moved[convolution] = (two - one) / (tree_bytes(x) + tree_bytes(slot))
     print(f'{width} channels, {convolution}: {(two - one) / 1e6:.0f} MB, '
@@ -355,7 +354,7 @@ def test_decoding_a_block_moves_less_with_it():
     report, kernels = compiled(lambda vae, state, latents: vae.decode_next(state, latents),
                                (vae, state, latents))
     text = report.executable.as_text()
-    moved[convolution] = hlo.traffic(text)
+    moved[convolution] = traffic.moved(text)
     print(f'{convolution}: {moved[convolution] / 1e9:.1f} GB, {report.scratch_bytes / 1e9:.2f} GB '
           f'of scratch, {text.count("__cudnn$conv")} by cuDNN, compiled in '
           f'{report.compile_seconds:.0f} s')

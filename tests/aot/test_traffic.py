@@ -2,7 +2,7 @@
 
 import pytest
 
-from pf_jax.aot.traffic import Kernel, kernels
+from pf_jax.aot.traffic import Kernel, kernels, moved
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
@@ -54,9 +54,39 @@ def test_by_hand():
   assert kernels(PROGRAM) == [
       Kernel('norms', 'fusion', 2 * 8 * 32, 4 * 8),  # a third of the columns
       Kernel('theirs', 'custom-call', 2 * 8 * 96 + 2 * 3 * 16 * 4, 2 * 16 * 4),
-      # Indices, two rows of one layer, all of p2 for its sum; nothing known uses p3: all of it.
-      Kernel('pair', 'fusion', 4 * 2 + 2 * 2 * 4 + 2 * 16 * 4 + 2 * 9, 2 * 2 * 4 + 2 * 16 * 4)]
+      # Indices, two rows of one layer, all of p2 for its sum; nothing uses p3.
+      Kernel('pair', 'fusion', 4 * 2 + 2 * 2 * 4 + 2 * 16 * 4, 2 * 2 * 4 + 2 * 16 * 4)]
   assert kernels(PROGRAM)[0].moved == 544
+  assert moved(PROGRAM) == 544 + (1536 + 384 + 128) + (8 + 16 + 128 + 144)
+
+
+SLICED = """
+%fused (p.0: bf16[16,8], p.1: bf16[8]) -> bf16[2,8] {
+  %p.1 = bf16[8]{0} parameter(1)
+  %p.0 = bf16[16,8]{1,0} parameter(0)
+  %wide = bf16[16,8]{1,0} broadcast(%p.1), dimensions={1}
+  %product = bf16[16,8]{1,0} multiply(%p.0, %wide)
+  ROOT %slice = bf16[2,8]{1,0} slice(%product), slice={[14:16], [0:8]}
+}
+
+ENTRY %main.1 (x: bf16[16,8], w: bf16[8]) -> (bf16[16,8], bf16[2,8]) {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %w = bf16[8]{0} parameter(1)
+  %end = bf16[2,8]{1,0} fusion(%x, %w), kind=kLoop, calls=%fused
+  %call = (bf16[16,8]{1,0}, u8[64]{0}) custom-call(%x, %end), custom_call_target="mosaic_gpu"
+  %y = bf16[16,8]{1,0} get-tuple-element(%call), index=0
+  ROOT %result = (bf16[16,8]{1,0}, bf16[2,8]{1,0}) tuple(%y, %end)
+}
+"""
+
+
+def test_slices_of_what_was_computed():
+  """The fusion reads the last two rows of x only; the call reads all of it."""
+  assert moved(SLICED) == (32 + 32 + 16) + (256 + 64 + 256 + 32)
+  squared = SLICED.replace('multiply(%p.0, %wide)', 'multiply(%p.0, %p.0)')  # read once
+  assert moved(squared) == moved(SLICED) - 16
+  whole = SLICED.replace('multiply(%p.0, %wide)', 'dot(%p.0, %wide)')
+  assert moved(whole) == moved(SLICED) + 256 - 32
 
 
 def test_refuses_what_it_cannot_count():

@@ -21,6 +21,7 @@ from pf_jax.kernels.conv3d import Epilogue, conv3d, pallas, pallas_gpu, supports
 from pf_jax.kernels.conv3d.pallas_gpu import Finish, TileSpec
 from pf_jax.models.compressor import CompressorSpec, HrBranch
 from pf_jax.models.vae import DecoderState, VaeSpec, WanVae
+from pf_jax.train import flops
 from pf_jax.types import DTypes
 from tests.kernels import interpreted_conv3d
 from tests.kernels.interpreted_conv3d import SAME, problem
@@ -60,9 +61,10 @@ def slow_finish(y, gain, silu, residual):
   return y if residual is None else y + residual
 
 
-def slow_kernel(pieces, kernel, vectors, residual, *, low, size, finish, tiles, interpret=None):
+def slow_kernel(pieces, kernel, vectors, residual, *, low, size, finish, operations, tiles,
+                interpret=None):
   """What `pallas_gpu.convolve` is to compute, in float32."""
-  del interpret
+  del operations, interpret
   assert pieces[0].shape[4] % tiles.chunk == kernel.shape[4] % tiles.channels == 0
   assert finish.residual == (residual is not None)
   assert not finish.norm or kernel.shape[4] == tiles.channels
@@ -326,8 +328,27 @@ def test_a_norm_over_some_channels_is_refused():
   with pytest.raises(ValueError, match='a norm over 64 channels needs all of them in one tile, '
                      'got 32'):
     pallas_gpu.convolve([jnp.zeros((1, 1, 1, 8, 32))], jnp.zeros((1, 3, 3, 32, 64)), None, None,
-                        low=(1, 1), size=(1, 8), finish=Finish(norm=True),
+                        low=(1, 1), size=(1, 8), finish=Finish(norm=True), operations=0,
                         tiles=TileSpec(channels=32))
+
+
+@pytest.mark.parametrize('name', INTERPRETED)
+def test_counts_as_the_reference(name):
+  """Taps that meet padding do nothing, nor do those that a stride adds."""
+  case = INTERPRETED[name]
+  ours, theirs = (flops.count(lambda x, name=name: convolved(case._replace(x=x), name, x.dtype),
+                              case.x) for name in ('pallas', 'reference'))
+  assert ours == theirs > 0
+
+
+def test_counts_what_it_does():
+  """By hand: 4 rows of 32 pixels, of which 3 - 2/4 and 3 - 2/32 taps meet data."""
+  case = INTERPRETED['two frames and their past']
+  jaxpr = jax.make_jaxpr(lambda x, past: convolved(
+      case._replace(x=x, past=past), 'pallas', jnp.bfloat16))(case.x, case.past)
+  assert flops.count_jaxpr(jaxpr) == 2 * 2 * 3 * (4 * 3 - 2) * (32 * 3 - 2) * 32 * 32
+  pixels = 4 * 32 * 32  # of a frame, all channels
+  assert flops.traffic_of_jaxpr(jaxpr) == 2 * (4 + 2) * pixels + 2 * 27 * 32 * 32 + 2 * 4 * 32
 
 
 def test_needs_a_card():
@@ -374,6 +395,28 @@ def test_the_vae_runs_on_it(without_the_card):
     error, rounding = (np.sqrt(np.mean((x - wanted)**2)) / scale for x in (one, other))
     assert error <= 1.1 * rounding + 1e-6
     assert rounding < 0.03
+
+
+def test_networks_count_as_with_the_reference():
+  """A later block's decoder, and the compressor with its strides.
+
+  The compressor without an implementation leaves its zeros in time to `nnx.Conv`, which does not
+  count them; ours are handed them as frames.
+  """
+  found = {}
+  for name in (None, 'reference', 'pallas'):
+    spec = VaeSpec(32, 4, (1, 2), 1, (True,), dtypes=DTypes('float32', 'bfloat16'),
+                   convolution=name)
+    vae = nnx.eval_shape(lambda spec=spec: WanVae(spec, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(lambda vae: vae.init_decoder_state(1, 3, 4), vae)
+    branch = nnx.eval_shape(lambda name=name: HrBranch(
+        CompressorSpec(16, (32, 64, 64), 8, convolution=name), rngs=nnx.Rngs(1)))
+    latents = shape(1, 4, 8, 12, 16, dtype=jnp.float32)
+    found[name] = (
+        flops.count(lambda vae, *args: vae.decode_next(*args), vae, state, shape(1, 2, 3, 4, 4)),
+        flops.count(lambda branch, x: branch(x), branch, latents))
+  assert found['pallas'] == found['reference']
+  assert found['pallas'][0] == found[None][0]
 
 
 def test_the_compressor_runs_on_it(without_the_card):

@@ -16,7 +16,7 @@ from jax.sharding import use_abstract_mesh
 from pf_jax.kernels import rope
 from pf_jax.kernels.rope import pallas, pallas_gpu
 from pf_jax.models.transformer import Attention, RmsNorm, TransformerSpec
-from pf_jax.train import lora
+from pf_jax.train import flops, lora
 from pf_jax.types import DTypes
 from tests.kernels import interpreted_rope
 from tests.kernels.interpreted_rope import CASES, EPS, expected
@@ -215,6 +215,16 @@ def test_counts_shared_memory(monkeypatch):
   monkeypatch.setattr(pallas_gpu, 'SHARED_BYTES', 10**9)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
     lower(full_size(5120), pallas_gpu.RowSpec(24))
+
+
+def test_counts_what_it_moves():
+  """By hand: one head of a wider product, read and written once; no products."""
+  x, *rest = full_size(128, 10)
+  call = functools.partial(rope.norm_and_rotate, first=rest.pop(), implementation='pallas')
+  x, scale, table, bias = x, *rest
+  jaxpr = jax.make_jaxpr(lambda *arrays: call(*arrays[:3], bias=arrays[3]))(x, scale, table, bias)
+  assert flops.count_jaxpr(jaxpr) == flops.traffic_of_jaxpr(jaxpr) == 0
+  assert f'bytes_accessed={2 * 10 * 128 * 2 + 128 * (4 + 2) + 2 * 10 * 64 * 4}' in str(jaxpr)
 
 
 def test_needs_a_card():

@@ -217,37 +217,9 @@ def test_loops_of_unknown_length_count_once_and_are_said():
   assert hlo.collectives(text.replace('all-gather', 'copy')).complete
 
 
-KERNELS = """
-%fused (p.0: bf16[16,8], p.1: bf16[8]) -> bf16[2,8] {
-  %p.1 = bf16[8]{0} parameter(1)
-  %p.0 = bf16[16,8]{1,0} parameter(0)
-  %wide = bf16[16,8]{1,0} broadcast(%p.1), dimensions={1}
-  %product = bf16[16,8]{1,0} multiply(%p.0, %wide)
-  ROOT %slice = bf16[2,8]{1,0} slice(%product), slice={[14:16], [0:8]}
-}
-
-ENTRY %main.1 (x: bf16[16,8], w: bf16[8]) -> (bf16[16,8], bf16[2,8]) {
-  %x = bf16[16,8]{1,0} parameter(0)
-  %w = bf16[8]{0} parameter(1)
-  %end = bf16[2,8]{1,0} fusion(%x, %w), kind=kLoop, calls=%fused
-  %call = (bf16[16,8]{1,0}, u8[64]{0}) custom-call(%x, %end), custom_call_target="mosaic_gpu"
-  %y = bf16[16,8]{1,0} get-tuple-element(%call), index=0
-  ROOT %result = (bf16[16,8]{1,0}, bf16[2,8]{1,0}) tuple(%y, %end)
-}
-"""
-
-
-def test_traffic_by_hand():
-  """The fusion reads the last two rows of x only; the call reads all of it."""
-  assert hlo.traffic(KERNELS) == (32 + 32 + 16) + (256 + 64 + 256 + 32)
-  whole = KERNELS.replace('multiply(%p.0, %wide)', 'dot(%p.0, %wide)')
-  assert hlo.traffic(whole) == hlo.traffic(KERNELS) + 256 - 32
-
-
 def test_text_of_something_else_is_refused():
-  for function in (hlo.collectives, hlo.traffic):
-    with pytest.raises(ValueError, match='no ENTRY computation'):
-      function('module @jit_f {}')
+  with pytest.raises(ValueError, match='no ENTRY computation'):
+    hlo.collectives('module @jit_f {}')
 
 
 PTXAS = """\

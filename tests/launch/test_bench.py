@@ -36,6 +36,7 @@ from pf_jax.bench.timing import Call, Timing
 from pf_jax.kernels import tuning
 from pf_jax.kernels.attention import cudnn, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import ready_made
+from pf_jax.kernels.conv3d import operations
 from pf_jax.pipeline import rollout_spec
 from pf_jax.sampling.meter import CompileCounter
 from pf_jax.testing import tiny_model_spec
@@ -163,9 +164,9 @@ def found(tiny, tmp_path_factory):
 
 def test_convolutions_by_hand():
   padding = (0, 0), (1, 1), (1, 1)
-  assert counts.convolution((1, 4, 5, 6, 2), (3, 3, 3, 2, 7), (1, 1, 1), padding) == (
+  assert operations((1, 4, 5, 6, 2), (3, 3, 3, 2, 7), (1, 1, 1), padding) == (
       2 * 2 * 7 * (2 * 3) * 13 * 16)
-  assert counts.convolution((2, 3, 8, 8, 1), (1, 4, 4, 1, 1), (1, 2, 2), padding) == (
+  assert operations((2, 3, 8, 8, 1), (1, 4, 4, 1, 1), (1, 2, 2), padding) == (
       2 * 2 * 3 * 14 * 14)
 
 

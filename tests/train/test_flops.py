@@ -324,5 +324,7 @@ def test_a_kernel_counts_what_it_says():
   said = pl.CostEstimate(flops=70, transcendentals=0, bytes_accessed=32)
   assert flops.count(kernel(said), shape(4)) == 70
   assert traffic(kernel(said), shape(4)) == 32
+  elementwise = pl.CostEstimate(flops=0, transcendentals=4, bytes_accessed=32)
+  assert traffic(kernel(elementwise), shape(4)) == 0
   with pytest.raises(ValueError, match="the primitive 'pallas_call' are not to be seen"):
     flops.count(kernel(None), shape(4))

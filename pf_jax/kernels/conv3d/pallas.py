@@ -55,7 +55,10 @@ def _conv3d(arrays: PyTree, strides: Strides, padding: Padding, silu: bool, tile
 
   x, kernel, bias, past, gain, residual = arrays
   pieces = [x] if past is None or not past.shape[1] else [past, x]
-  size = reference.output_size(x.shape[2:4], kernel.shape[1:3], strides[1:], padding)
+  height, width = reference.output_size(x.shape[2:4], kernel.shape[1:3], strides[1:], padding)
+  frames = sum(piece.shape[1] for piece in pieces)
+  operations = reference.operations(
+      (x.shape[0], frames, *x.shape[2:]), kernel.shape, strides, ((0, 0), *padding))
   low = padding[0][0], padding[1][0]
   if strides != (1, 1, 1):
     pieces, kernel = [fold(jnp.concatenate(pieces, axis=1), kernel.shape[:3], strides, padding)
@@ -70,8 +73,8 @@ def _conv3d(arrays: PyTree, strides: Strides, padding: Padding, silu: bool, tile
                              residual=residual is not None and inside)
   vectors = jnp.stack([bias, bias if gain is None else gain], dtype=jnp.float32)
   out = pallas_gpu.convolve(
-      pieces, kernel, vectors, residual if finish.residual else None, low=low, size=size,
-      finish=finish, tiles=tiles, interpret=interpret)
+      pieces, kernel, vectors, residual if finish.residual else None, low=low,
+      size=(height, width), finish=finish, operations=operations, tiles=tiles, interpret=interpret)
   if inside:
     return out
   wide = None if residual is None else residual.astype(jnp.float32)

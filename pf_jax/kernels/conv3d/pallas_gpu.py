@@ -41,8 +41,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pf_jax.kernels import mosaic
 from pf_jax.kernels.conv3d.reference import NORM_FLOOR
-from pf_jax.types import Array
+from pf_jax.types import Array, tree_bytes
 
 ROWS = 64  # of pixels that a warpgroup multiplies at once
 GROUP = 8  # rows of a swizzled tile
@@ -143,8 +144,8 @@ class Finish(NamedTuple):
 
 
 def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: Array | None, *,
-             low: tuple[int, int], size: tuple[int, int], finish: Finish, tiles: TileSpec,
-             interpret: Any = None) -> Array:
+             low: tuple[int, int], size: tuple[int, int], finish: Finish, operations: int,
+             tiles: TileSpec, interpret: Any = None) -> Array:
   """One convolution at stride 1.
 
   Args:
@@ -156,6 +157,7 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
     low: zeros before the first row and column.
     size: H' and W' of the output.
     finish: what follows the sum.
+    operations: of the products that are no padding, for the count of operations.
     tiles: sizes.
     interpret: parameters of Pallas' interpreter, on machines without the card.
 
@@ -177,6 +179,11 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
   frames = sum(piece.shape[1] for piece in pieces) + 1 - kernel.shape[0]
   grid = (batch, pl.cdiv(size[0], tiles.rows), frames, pl.cdiv(size[1], tiles.columns),
           channels // tiles.channels)
+  out_type = jax.ShapeDtypeStruct((batch, frames, *size, channels), dtype)
+  pixels = math.prod(out_type.shape[:-1])
+  cost = pl.CostEstimate(
+      flops=operations, transcendentals=pixels * (finish.norm + finish.silu * channels),
+      bytes_accessed=tree_bytes((*pieces, kernel, vectors, residual, out_type)))
   interpreted = interpret is not None
   whole = size
   if interpreted:  # it reads no zeros outside, and writes nothing there
@@ -188,15 +195,13 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
   body = functools.partial(_program, pieces=len(pieces), low=low, finish=finish, tiles=tiles,
                            interpreted=interpreted)
   arrays = [*pieces, kernel, vectors, *([] if residual is None else [residual])]
-  out = plgpu.kernel(
-      body, out_type=jax.ShapeDtypeStruct((batch, frames, *whole, channels), dtype),
+  out = mosaic.kernel(
+      body, name='conv3d', out_type=jax.ShapeDtypeStruct((batch, frames, *whole, channels), dtype),
       scratch_types=_scratch(dtype, kernel.shape[1], finish, tiles, interpreted),
       # Frames within rows: those that share a patch run at the same time.
       grid=grid, grid_names=('video', 'row', 'frame', 'column', 'channel'),
-      num_threads=tiles.warpgroups + 1, thread_name='warpgroup',
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **(dict(interpret=interpret) if interpreted else {}))(*arrays)
+      num_threads=tiles.warpgroups + 1, thread_name='warpgroup', cost=cost, interpret=interpret)(
+          *arrays)
   return out[:, :, :size[0], :size[1]]
 
 

@@ -55,11 +55,30 @@ def finished(y: Array, epilogue: Epilogue) -> Array:
 
 
 def output_size(size: Sequence[int], taps: Sequence[int], strides: Sequence[int],
-                padding: Padding) -> tuple[int, int]:
-  """Height and width of the output."""
-  height, width = ((n + sum(pads) - k) // s + 1
-                   for n, k, s, pads in zip(size, taps, strides, padding, strict=True))
-  return height, width
+                padding: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+  """Of the output along the axes that are given."""
+  return tuple((n + sum(pads) - k) // s + 1
+               for n, k, s, pads in zip(size, taps, strides, padding, strict=True))
+
+
+def operations(x: Sequence[int], kernel: Sequence[int], strides: Sequence[int],
+               padding: Sequence[tuple[int, int]]) -> int:
+  """Of a convolution, 2 for each multiply-add.
+
+  Args:
+    x: [B, T, H, W, C].
+    kernel: [kt, kh, kw, C, O].
+    strides: along time, height, width.
+    padding: zeros (before, after) along them; taps that meet them do nothing.
+  """
+  def meetings(size: int, taps: int, stride: int, pads: tuple[int, int]) -> int:
+    """Pairs of an output and a tap that meets data, along one axis."""
+    [out] = output_size([size], [taps], [stride], [pads])
+    starts = [position * stride - pads[0] for position in range(out)]
+    return sum(max(min(start + taps, size) - max(start, 0), 0) for start in starts)
+
+  axes = zip(x[1:4], kernel[:3], strides, padding, strict=True)
+  return 2 * x[0] * math.prod(meetings(*axis) for axis in axes) * kernel[3] * kernel[4]
 
 
 def conv3d(x: Array, kernel: Array, bias: Array, *, strides: Strides, padding: Padding,

@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pf_jax.types import Array
+from pf_jax.kernels import mosaic
+from pf_jax.types import Array, tree_bytes
 
 LANES, WARPS = 32, 4
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
@@ -83,18 +84,18 @@ def norm_and_rotate(x: Array, bias: Array, scale: Array, cos: Array, sin: Array,
   if needed > SHARED_BYTES:
     raise ValueError(f'{spec.rows} rows of {heads} heads of {2 * half} take {needed} bytes of '
                      f'shared memory, of {SHARED_BYTES}; use fewer rows.')
-  options = {} if interpret is None else dict(interpret=interpret)
-  return plgpu.kernel(
-      functools.partial(_program, first=first, eps=eps),
-      out_type=jax.ShapeDtypeStruct((batch, tokens, heads, half), x.dtype),
+  out_type = jax.ShapeDtypeStruct((batch, tokens, heads, half), x.dtype)
+  cost = pl.CostEstimate(  # of x as much as of the result
+      flops=0, transcendentals=batch * tokens,
+      bytes_accessed=tree_bytes((out_type, out_type, bias, scale, cos, sin)))
+  return mosaic.kernel(
+      functools.partial(_program, first=first, eps=eps), name='norm_and_rotate', out_type=out_type,
       scratch_types=[plgpu.SMEM((spec.rows, heads, half), x.dtype),
                      plgpu.SMEM(bias.shape, bias.dtype), plgpu.SMEM(scale.shape, scale.dtype),
                      *[plgpu.SMEM((spec.rows, 1, half), jnp.float32)] * 2,
                      plgpu.Barrier(num_arrivals=5)],
-      grid=(batch, pl.cdiv(tokens, spec.rows)), grid_names=('video', 'tile'),
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-      **options)(x, bias, scale, cos[:, None], sin[:, None])
+      grid=(batch, pl.cdiv(tokens, spec.rows)), grid_names=('video', 'tile'), cost=cost,
+      interpret=interpret)(x, bias, scale, cos[:, None], sin[:, None])
 
 
 def _layout(half: int):
