@@ -40,7 +40,7 @@ from pf_jax.kernels.attention.tiles import ALIGNMENT, COLUMNS, Pool, TileTable, 
 from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
-MASKED = -1e30
+LOWEST = -1e30  # maximum of no logits
 WIDENED = 2048  # numbers that a warpgroup makes half precision at once
 SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
 SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
@@ -345,7 +345,7 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
     if masked:
       column = _columns(logits.shape, kernel.interpreted)
       counts = (column >= table.low[video, number]) & (column < table.high[video, number])
-      logits = jnp.where(counts, logits, MASKED)
+      logits = jnp.where(counts, logits, -jnp.inf)  # whatever scale it is multiplied by
     unit = math.log2(math.e) / math.sqrt(head_dim)
     if kernel.stored is not None:
       slot = table.slot[video, number]
@@ -363,7 +363,7 @@ def _compute(queries, scales, table, results, scratch, kernel: _Kernel):
     plgpu.barrier_arrive(scratch.v_free.at[stage])
     return acc, highest, total
 
-  carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), MASKED, jnp.float32),
+  carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), LOWEST, jnp.float32),
            jnp.zeros((ROWS,), jnp.float32))
   plain, count = table.plain[video], table.total[video]
   carry = lax.fori_loop(0, plain, functools.partial(attend_tile, masked=False), carry)
