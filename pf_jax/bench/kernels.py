@@ -167,7 +167,7 @@ def _rotated(bench: Bench) -> Case:
   def rotated(product: Array, implementation: str) -> Array:
     return rope.norm_and_rotate(product, scale, table, bias=bias, implementation=implementation)
 
-  fits = target_platform() == 'cuda' and rope.pallas.supports(product, table, bias, first=0)
+  fits = hopper() and rope.pallas.supports(product, table, bias, first=0)
   calls = {'ours' if name == 'reference' else name: jitted(
       functools.partial(rotated, implementation=name), product)
       for name in rope.IMPLEMENTATIONS if fits or name == 'reference'}
@@ -205,7 +205,7 @@ def _convolution(name: str, shapes: counts.Convolution, dtype: str) -> Case:
   (x, kernel, strides), space = shapes, ((1, 1), (1, 1))
   inputs = (array(*x, dtype=dtype), array(*kernel, dtype=dtype, seed=1),
             array(kernel[-1], dtype=dtype, seed=2))
-  on_card = target_platform() == 'cuda'
+  on_card = hopper()
   functions = {name: functools.partial(conv3d, strides=strides, padding=space, implementation=name)
                for name in IMPLEMENTATIONS
                if supports(name, *inputs[:2], strides) and (name != 'pallas' or on_card)}

@@ -13,6 +13,7 @@ import numpy as np
 from pf_jax import cache as cache_lib
 from pf_jax import pipeline
 from pf_jax.kernels.attention import Blocks
+from pf_jax.kernels.quantization import Quantized, quantize
 from pf_jax.models import bundle
 from pf_jax.models.bundle import ModelSpec, VideoModels
 from pf_jax.rollout import block as block_lib
@@ -35,6 +36,8 @@ def draw(shapes: PyTree, seed: int = 0, moments: Moments = lambda path, shape: (
          ) -> PyTree:
   """Arrays of these shapes, random normal numbers; whole ones are 0 and wait to be replaced.
 
+  What is stored in 8 bits is rounded from such numbers, for scales must be positive.
+
   Args:
     shapes: of arrays.
     seed: of the numbers.
@@ -42,14 +45,18 @@ def draw(shapes: PyTree, seed: int = 0, moments: Moments = lambda path, shape: (
   """
   rng = np.random.default_rng(seed)
 
-  def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
+  def one(path: tuple, leaf: Any) -> Any:
+    if isinstance(leaf, Quantized):
+      whole = one(path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+      return jax.jit(quantize, static_argnums=1)(whole, leaf.dtype.name)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
     mean, deviation = moments(jax.tree_util.keystr(path), leaf.shape)
     fresh = rng.standard_normal(min(math.prod(leaf.shape), _FRESH), np.float32)
     return jnp.asarray(np.resize((mean + deviation * fresh).astype(leaf.dtype), leaf.shape))
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  return jax.tree_util.tree_map_with_path(one, shapes,
+                                          is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def _of_weight(path: str, shape: tuple[int, ...]) -> tuple[float, float]:

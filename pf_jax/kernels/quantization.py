@@ -17,6 +17,7 @@ import numpy as np
 from pf_jax.types import Array
 
 DTYPES = ('int8', 'float8_e4m3fn')
+SMALLEST = 1e-20  # numbers of a block that has none larger become 0; a scale of them might be 0
 
 
 class Quantized(NamedTuple):
@@ -65,7 +66,7 @@ def quantize(x: Array, dtype: str) -> Quantized:
   x = x.astype(jnp.float32)
   limit = largest(dtype)
   highest = jnp.max(jnp.abs(x), axis=(-3, -1), keepdims=True)
-  scale = jnp.where(highest > 0, highest / limit, 1)
+  scale = jnp.where(highest > SMALLEST, highest / limit, 1)
   # Division may end a little above the limit, where float8 has only NaN.
   values = jnp.clip(x / scale, -limit, limit)
   if _is_integer(dtype):

@@ -283,6 +283,8 @@ def test_a_second_pass_over_the_history_shows():
 
   report, _ = compiled(twice, (history,))
   assert len(moved(report)) == 3
+
+
 # --- convolutions ---------------------------------------------------------------------------------
 
 

@@ -101,6 +101,9 @@ def float8_cases():
   yield 'products in float8, two heads', q, [in_8_bits(x, pallas.FLOAT8) for x in history] + [own]
   name = 'float8, each video its own, the second of three layers'
   yield f'products in {name}', *known[name]
+  # Logits are 0 and their unit is tiny; still no row beside a block counts.
+  q, (_, mid, own) = known['three partitions, two heads']
+  yield 'products in float8 with queries of nothing', 0 * q, [in_8_bits(mid, pallas.FLOAT8), own]
 
 
 def halves():

@@ -65,7 +65,7 @@ def test_products_in_float8_are_close(case, without_the_card):
   out = attend(q, segments, implementation='pallas_float8')
   error = np.abs(np.asarray(out, np.float32) - interpreted.expected(q, segments)[0])
   assert error.max() < 0.06
-  assert 1e-3 < np.sqrt(np.mean(error**2)) < 0.01
+  assert (1e-3 if np.any(q) else 0) < np.sqrt(np.mean(error**2)) < 0.01
 
 
 def test_turned_queries_fit_into_float8():
@@ -176,6 +176,8 @@ def test_lowers_with_blocks_in_8_bits(storage):
     lower(None, storage, float8=True)
   with pytest.raises(ValueError, match='239616 bytes of shared memory, of 231424'):
     lower(pallas_gpu.TileSpec(), storage)
+
+
 @pytest.fixture
 def table(monkeypatch, tmp_path):
   """The user's table, empty."""
@@ -249,7 +251,8 @@ def half_precision(attention, rotation=None):
   """Shapes of a small model that the kernel takes, and its rollout."""
   spec = tiny_model_spec()
   transformer = dataclasses.replace(spec.transformer, width=128, attention=attention,
-                                    rotation=rotation, dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
+                                    rotation=rotation,
+                                    dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
   spec = dataclasses.replace(spec, transformer=transformer,
                              compressor=dataclasses.replace(spec.compressor, width=128))
   cache = {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 2, 'mid_capacity': 4}

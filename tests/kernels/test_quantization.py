@@ -49,6 +49,14 @@ def test_nothing_stays_nothing(dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
+def test_what_is_almost_nothing_is_nothing(dtype):
+  """The scale of such numbers would be a subnormal number, which machines take for 0."""
+  got = quantize(jnp.array([[[1e-37, 0.0]], [[0.0, -1e-21]]]), dtype)
+  assert got.scale.tolist() == [[[1.0]]]
+  np.testing.assert_array_equal(dequantize(got, jnp.float32), np.zeros((2, 1, 2)))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('layer', [None, 1])
 def test_attention_reads_what_was_stored(dtype, layer):
   """8-bit blocks against the same numbers written out; gathered, moved, some that do not count."""

@@ -37,6 +37,7 @@ from pf_jax.kernels import tuning
 from pf_jax.kernels.attention import cudnn, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import ready_made
 from pf_jax.kernels.conv3d import operations
+from pf_jax.kernels.quantization import DTYPES, Quantized, dequantize, largest
 from pf_jax.pipeline import rollout_spec
 from pf_jax.sampling.meter import CompileCounter
 from pf_jax.testing import tiny_model_spec
@@ -276,7 +277,7 @@ def test_traces_need_a_directory_of_their_own(tiny, monkeypatch, tmp_path):
     run.run(tiny, SUITES, TINY, tmp_path / 'out', config='tiny', profile=tmp_path / 'profile')
 
 
-def test_the_fused_convolution_is_compared_on_cards_only(monkeypatch):
+def test_the_fused_convolution_is_compared_on_hopper_cards_only(monkeypatch):
   shapes = counts.Convolution((1, 3, 4, 8, 32), (3, 3, 3, 32, 32))
   monkeypatch.setattr(kernels, 'jitted', lambda function, *inputs: function)
 
@@ -284,9 +285,21 @@ def test_the_fused_convolution_is_compared_on_cards_only(monkeypatch):
     return list(kernels._convolution('here', shapes, dtype).calls)
 
   assert compared('bfloat16') == ['reference', 'taps']
-  monkeypatch.setattr(kernels, 'target_platform', lambda: 'cuda')
+  monkeypatch.setattr(kernels, 'target_platform', lambda: 'cuda')  # one of another generation
+  assert compared('bfloat16') == ['reference', 'taps']
+  monkeypatch.setattr(kernels, 'hopper', lambda: True)
   assert compared('bfloat16') == ['reference', 'taps', 'pallas']
   assert compared('float32') == ['reference', 'taps']
+
+
+def test_the_fused_rotation_is_compared_on_hopper_cards_only(half, monkeypatch):
+  monkeypatch.setattr(kernels, 'jitted', lambda function, *inputs: function)
+  monkeypatch.setattr(kernels, 'target_platform', lambda: 'cuda')  # one of another generation
+  case = kernels._rotated(bench_of(half, []))
+  assert list(case.calls) == ['ours', 'copy']
+  assert case.absent['pallas'].startswith('needs a Hopper card')
+  monkeypatch.setattr(kernels, 'hopper', lambda: True)
+  assert list(kernels._rotated(bench_of(half, [])).calls) == ['ours', 'pallas', 'copy']
 
 
 def test_peers_that_are_absent_say_so(monkeypatch):
@@ -479,6 +492,21 @@ def test_no_zeros(tiny):
   weights = subject.random_weights(tiny_model_spec())
   assert all(bool((leaf != 0).all()) for leaf in jax.tree.leaves(weights))
   assert not hasattr(weights, 'text')
+
+
+@pytest.mark.parametrize('storage', DTYPES)
+def test_blocks_in_8_bits_are_rounded_from_numbers(half, storage):
+  """Scales are the largest of normal numbers over the dtype's: positive, which kernels rely on."""
+  cache = dataclasses.replace(half.spec.cache, storage=storage)
+  stored = Subject(half.models, dataclasses.replace(half.spec, cache=cache), None, 'random')
+  pairs = [(blocks.k, blocks.v) for blocks in stored.history()]
+  for x in jax.tree.leaves((pairs, stored.state().cache.layers.sink),
+                           is_leaf=lambda x: isinstance(x, Quantized)):
+    assert x.dtype == storage
+    assert float(x.scale.min()) > 1 / largest(storage)
+    whole = dequantize(x, jnp.float32)
+    assert float(jnp.std(whole)) == pytest.approx(1, abs=0.2)
+    assert float((whole == 0).mean()) < 0.02
 
 
 def test_large_arrays_repeat_without_equal_rows(monkeypatch):

@@ -20,6 +20,7 @@ from pf_jax.kernels.quantization import Quantized, largest, quantize
 from pf_jax.types import Array, PyTree
 
 FLOAT8 = 'float8_e4m3fn'
+SMALLEST_QUERY = 1e-10  # the smallest unit times the smallest scale of keys is no subnormal number
 LIMITS = ('bfloat16 or float16, blocks also in 8 bits of one kind, heads of 64 or 128, blocks of a '
           f'cache whose rows are a multiple of {ALIGNMENT} in all, segments without empty slots')
 
@@ -180,7 +181,7 @@ def _float8_unit(q: Array) -> Array:
   """
   pairs = q.astype(jnp.float32).reshape(*q.shape[:3], -1, 2)
   highest = jnp.sqrt(jnp.max(jnp.sum(jnp.square(pairs), axis=-1), axis=(1, 3)))
-  return jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(highest, 1e-30) / largest(FLOAT8))))
+  return jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(highest, SMALLEST_QUERY) / largest(FLOAT8))))
 
 
 def _rotations(shifts: Array, head_dim: int, columns: int) -> tuple[Array, Array]:

@@ -47,7 +47,7 @@ from pf_jax.kernels.attention.tiles import (
 from pf_jax.types import Array
 
 ROWS = 64  # of queries that a warpgroup multiplies at once
-MASKED = -1e30
+LOWEST = -1e30  # maximum of no logits
 FLOAT8_TOP = 8.0  # weights of 8 bits go up to 2 to that; the largest number is 448
 WIDENED = 2048  # numbers that a warpgroup makes half precision at once
 SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
@@ -364,7 +364,7 @@ class _Computing:
     tile = lax.axis_index('tile') * self._kernel.tiles.warpgroups + self._group
     rows = pl.ds(tile * ROWS, ROWS)
     self._fetch_queries(q, turned, rows)
-    carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), MASKED, jnp.float32),
+    carry = (jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), LOWEST, jnp.float32),
              jnp.zeros((ROWS,), jnp.float32))
     plain, count = table.plain[video], table.total[video]
     carry = lax.fori_loop(0, plain, functools.partial(self._attend, masked=False), carry)
@@ -414,7 +414,7 @@ class _Computing:
     if masked:
       column = _columns(logits.shape, kernel.interpreted)
       counts = (column >= table.low[video, number]) & (column < table.high[video, number])
-      logits = jnp.where(counts, logits, MASKED)
+      logits = jnp.where(counts, logits, -jnp.inf)  # whatever scale it is multiplied by
     unit: Any = math.log2(math.e) / math.sqrt(kernel.head_dim)
     if kernel.stored is not None:
       unit = unit * self._scales.k[video, table.slot[video, number], self._head]
