@@ -113,6 +113,9 @@ MUTATIONS = {
         'wrong values'),
     'taps along the width turned round': (
         '- low[1] + across', '- low[1] + taps[2] - 1 - across', 'wrong values'),
+    'zeros behind the rows': ('tiles.rows - low[0]', 'tiles.rows + low[0]', 'wrong values'),
+    'zeros behind the columns': ('tiles.columns - low[1]', 'tiles.columns + low[1]',
+                                 'wrong values'),
     'one round less': ('@pl.loop(0, rounds)\n    def _(number):\n      place',
                        '@pl.loop(0, rounds - 1)\n    def _(number):\n      place', 'phase'),
     'one chunk of channels': ('* (channels_in // tiles.chunk)', '* 1', 'wrong values'),

@@ -189,9 +189,11 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
   if interpreted:  # it reads no zeros outside, and writes nothing there
     whole = grid[1] * tiles.rows, grid[3] * tiles.columns
     read = whole[0] + kernel.shape[1] - 1, whole[1] + kernel.shape[2] - 1
-    pieces = [_inside(piece, low, read) for piece in pieces]
+    more = 1, 2  # zeros in front of those, so that it matters where a patch begins
+    pieces = [_inside(piece, (low[0] + more[0], low[1] + more[1]),
+                      (read[0] + more[0], read[1] + more[1])) for piece in pieces]
     residual = None if residual is None else _inside(residual, (0, 0), whole)
-    low = 0, 0
+    low = -more[0], -more[1]
   body = functools.partial(_program, pieces=len(pieces), low=low, finish=finish, tiles=tiles,
                            interpreted=interpreted)
   arrays = [*pieces, kernel, vectors, *([] if residual is None else [residual])]
