@@ -68,6 +68,16 @@ def test_products_in_float8_are_close(case, without_the_card):
   assert (1e-3 if np.any(q) else 0) < np.sqrt(np.mean(error**2)) < 0.01
 
 
+@pytest.mark.parametrize('left', [1e6, np.nan])
+def test_what_does_not_count_takes_no_range_from_weights(left, without_the_card):
+  """Weights in float8 are relative to the largest scale of values: of those that count."""
+  q, (sink, *rest) = FLOAT8_CASES['products in float8, two heads']
+  sink = sink._replace(valid=jnp.array([[False, True]]))
+  loud = sink._replace(v=sink.v._replace(scale=sink.v.scale.at[:, 0].set(left)))
+  out, wanted = (attend(q, [x, *rest], implementation='pallas_float8') for x in (loud, sink))
+  np.testing.assert_array_equal(out, wanted)
+
+
 def test_turned_queries_fit_into_float8():
   """A pair of length 500: its unit is 2, whatever the angle; the other head's is the smallest."""
   q = jnp.zeros((1, 3, 2, 64)).at[0, 1, 0, 6:8].set(jnp.array([300.0, -400]))

@@ -132,7 +132,8 @@ class _Slots(NamedTuple):
 
   Attributes:
     shift: [b, s], latent frames.
-    k_scale: [b, s, N] float32, of keys in 8 bits; 1 elsewhere. Likewise v_scale.
+    k_scale: [b, s, N] float32, of keys in 8 bits; 1 elsewhere.
+    v_scale: likewise; 0 where nothing counts.
   """
 
   shift: Array
@@ -160,9 +161,10 @@ def _pool(segment: Segment | Blocks, slots: int, float8: bool) -> tuple[Pool, _S
   k, v = (x.values if isinstance(x, Quantized) else x for x in (segment.k, segment.v))
   total, width = k.shape[-4] * k.shape[-3], k.shape[-2] * k.shape[-1]
   k, v = (x.reshape(-1, total, width) for x in (k, v))
-  scales = (_scales(x, first, chosen) for x in (segment.k, segment.v))
+  k_scale, v_scale = (_scales(x, first, chosen) for x in (segment.k, segment.v))
+  v_scale = jnp.where(valid[..., None], v_scale, 0)  # what does not count sets no range for weights
   slot = jnp.broadcast_to(slots + jnp.arange(attended), chosen.shape)
-  return Pool(k, v, rows, chosen, valid, slot, first), _Slots(shift, *scales)
+  return Pool(k, v, rows, chosen, valid, slot, first), _Slots(shift, k_scale, v_scale)
 
 
 def _scales(x: Array | Quantized, first: Array | int, chosen: Array) -> Array:
