@@ -145,7 +145,7 @@ def test_neighbours_as_channels_by_hand():
   assert pallas.fold_kernel(kernel, (2, 1, 1))[:, 0, 0, :, 0].tolist() == [[10, 20], [30, 0]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_neighbours_as_channels_mean_the_same(data):
   """Exactly, on small integers; frames that no tap reaches are NaN. In NumPy: nothing compiles."""
