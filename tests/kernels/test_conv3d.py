@@ -1,5 +1,6 @@
 """Convolutions: one suite over all implementations; the fused kernel's arguments and the kernel."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
+from pf_jax.kernels import tuning
 from pf_jax.kernels.conv3d import Epilogue, conv3d, pallas, pallas_gpu, supports
 from pf_jax.kernels.conv3d.pallas_gpu import Finish, TileSpec
 from pf_jax.models.compressor import CompressorSpec, HrBranch
@@ -307,6 +309,57 @@ def test_lowers_for_a_card_that_is_not_there(name):
   joined = [line for line in text.splitlines() if re.search('pad|concatenate', line)
             and f'tensor<{frames}x' in line]
   assert bool(joined) == (STAGES[name].strides != (1, 1, 1))
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+  """The user's table, empty."""
+  monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / 'tuning.json'))
+
+
+def test_tiles_come_from_the_table(table, monkeypatch):
+  used = []
+
+  def convolve(pieces, kernel, *rest, tiles, size, **options):
+    used.append(tiles)
+    frames = sum(piece.shape[1] for piece in pieces) + 1 - kernel.shape[0]
+    return jnp.zeros((1, frames, *size, kernel.shape[4]), pieces[0].dtype)
+
+  monkeypatch.setattr(pallas_gpu, 'convolve', convolve)
+  stage, other = STAGES['decoder 480x832, 1'], STAGES['compressor 1']
+  tuned, narrow = TileSpec(2, 2, 32, 96, 32, 3, 5), TileSpec(2, 2, 16, 64, 64, 2, 4)
+  for key, tiles in (('bfloat16 1x18x480x832x96 by 3x3x3x96', tuned),
+                     ('bfloat16 1x4x60x104x32 by 3x4x4x128 every 1x2x2', narrow)):
+    tuning.record(tuning.Problem('conv3d', key, 'some card', jax.__version__), tiles, 1e-3)
+  default = pallas_gpu.default_tiles(96)
+  for mesh, made, asked in ((CARD, stage, None), (None, stage, None), (CARD, stage, default),
+                            (CARD, STAGES['decoder 480x832, 2'], None), (CARD, other, None)):
+    with contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh):
+      jax.eval_shape(functools.partial(made.call, tiles=asked), *made.arguments())
+  assert used == [tuned, default, default, tuned, narrow]
+
+
+@pytest.mark.parametrize('tiles', [
+    TileSpec(2, channels=160), TileSpec(2, channels=64, chunk=64), TileSpec(weights=32)])
+def test_tuned_tiles_that_do_not_fit_are_not_used(tiles, table):
+  """Channels of the output, of the input, and shared memory."""
+  x, kernel, _, past, *_ = STAGES['encoder of low resolution'].arguments()
+  shapes = pallas.shape_of(x, kernel, past, (1, 1, 1))
+  tuning.record(tuning.Problem.here('conv3d', shapes), tiles, 1e-3)
+  assert pallas.tuned(x, kernel, past, (1, 1, 1)) == pallas_gpu.default_tiles(192)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_candidates_begin_with_the_default_and_fit(name):
+  _, kernel, *_ = STAGES[name].arguments()
+  folded = pallas.folded_shape(kernel, STAGES[name].strides)
+  first, *rest = found = pallas_gpu.candidates(folded)
+  assert first == pallas_gpu.default_tiles(folded[4])
+  assert len(set(found)) == len(found) >= 8
+  assert first not in rest
+  for tiles in found:
+    assert folded[3] % tiles.chunk == folded[4] % tiles.channels == 0
+    assert tiles.shared_bytes(folded[1]) <= pallas_gpu.SHARED_BYTES
 
 
 def test_counts_shared_memory(monkeypatch):

@@ -248,8 +248,9 @@ def test_a_model_counts_as_with_the_reference():
 def half_precision(attention, rotation=None):
   """Shapes of a small model that the kernel takes, and its rollout."""
   spec = tiny_model_spec()
-  transformer = dataclasses.replace(spec.transformer, width=128, attention=attention,
-                                    rotation=rotation, dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
+  transformer = dataclasses.replace(
+      spec.transformer, width=128, attention=attention, rotation=rotation,
+      dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
   spec = dataclasses.replace(spec, transformer=transformer,
                              compressor=dataclasses.replace(spec.compressor, width=128))
   cache = {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 2, 'mid_capacity': 4}

@@ -31,6 +31,7 @@ memory, is what larger patches save.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 @dataclasses.dataclass(frozen=True)
 class TileSpec:
-  """Sizes that are tuned for a card.
+  """Sizes that are tuned for a card (`pf_jax.kernels.tuning`).
 
   Attributes:
     warpgroups: that compute.
@@ -116,6 +117,12 @@ class TileSpec:
     return (half * (self.patches * patch + self.weights * weights + self.pixels * self.channels)
             + 2 * full * self.channels)
 
+  def fits(self, kernel: Sequence[int]) -> bool:
+    """Whether it divides a kernel [kt, kh, kw, C, O], and shared memory is enough."""
+    _, height, _, channels_in, channels = kernel
+    return (channels_in % self.chunk == channels % self.channels == 0
+            and self.shared_bytes(height) <= SHARED_BYTES)
+
 
 def default_tiles(channels: int) -> TileSpec:
   """The largest that need no more registers than there are (BENCHMARKS.md); none was timed.
@@ -127,6 +134,23 @@ def default_tiles(channels: int) -> TileSpec:
   if width > 96:
     return TileSpec(warpgroups=2, channels=width, patches=3, weights=5)
   return TileSpec(channels=width)
+
+
+def candidates(kernel: Sequence[int]) -> list[TileSpec]:
+  """Tiles worth timing for a kernel [kt, kh, kw, C, O], the default first; some spill.
+
+  Of rings the largest that fits: what waits in them hides how long memory takes.
+  """
+  channels = kernel[4]
+  widths = [w for w in range(192, 31, -32) if channels % w == 0][:2]
+  found = [default_tiles(channels)]
+  for (groups, blocks), columns, width, chunk in itertools.product(
+      ((3, 2), (2, 2), (3, 1), (2, 1)), (16, 32), widths, (32, 64)):
+    if width % chunk == 0:
+      rings = (TileSpec(groups, blocks, columns, width, chunk, *ring)
+               for ring in ((3, 8), (3, 5), (2, 4), (2, 2)))
+      found.extend(itertools.islice((tiles for tiles in rings if tiles.fits(kernel)), 1))
+  return list(dict.fromkeys(found))
 
 
 class Finish(NamedTuple):
