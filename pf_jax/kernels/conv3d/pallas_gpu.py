@@ -44,13 +44,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels import mosaic
 from pf_jax.kernels.conv3d.reference import NORM_FLOOR
+from pf_jax.kernels.mosaic import ROWS
 from pf_jax.types import Array, tree_bytes
 
-ROWS = 64  # of pixels that a warpgroup multiplies at once
 GROUP = 8  # rows of a swizzled tile
-SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
-# Registers of a thread that (computes, fetches): see `pf_jax.kernels.attention.pallas_gpu`.
-REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +76,7 @@ class TileSpec:
   weights: int = 8
 
   def __post_init__(self):
-    if self.warpgroups not in REGISTERS:
-      raise ValueError(f'warpgroups={self.warpgroups} must be 2 or 3: registers are shared out '
-                       'between them.')
+    mosaic.check_warpgroups(self.warpgroups)
     if self.columns % GROUP or self.blocks < 1 or self.blocks * ROWS % self.columns:
       raise ValueError(f'columns={self.columns} must be a multiple of {GROUP} that divides the '
                        f'{self.blocks * ROWS} pixels of a warpgroup.')
@@ -121,7 +116,7 @@ class TileSpec:
     """Whether it divides a kernel [kt, kh, kw, C, O], and shared memory is enough."""
     _, height, _, channels_in, channels = kernel
     return (channels_in % self.chunk == channels % self.channels == 0
-            and self.shared_bytes(height) <= SHARED_BYTES)
+            and self.shared_bytes(height) <= mosaic.SHARED_BYTES)
 
 
 def default_tiles(channels: int) -> TileSpec:
@@ -196,9 +191,9 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
     raise ValueError(f'a norm over {channels} channels needs all of them in one tile, got '
                      f'{tiles.channels}; apply it after the convolution.')
   needed = tiles.shared_bytes(kernel.shape[1])
-  if needed > SHARED_BYTES:
+  if needed > mosaic.SHARED_BYTES:
     raise ValueError(f'{tiles} with {kernel.shape[1]} taps along the height takes {needed} bytes '
-                     f'of shared memory, of {SHARED_BYTES}; use fewer buffers.')
+                     f'of shared memory, of {mosaic.SHARED_BYTES}; use fewer buffers.')
   batch, dtype = pieces[0].shape[0], pieces[0].dtype
   frames = sum(piece.shape[1] for piece in pieces) + 1 - kernel.shape[0]
   grid = (batch, pl.cdiv(size[0], tiles.rows), frames, pl.cdiv(size[1], tiles.columns),
@@ -335,7 +330,7 @@ def _program(*refs, pieces, low, finish, tiles, interpreted):
   scratch = scratch._replace(patches=patches, out=results)
   taps, channels_in = kernel.shape[:3], kernel.shape[3]
   group = lax.axis_index('warpgroup')
-  computing, fetching = REGISTERS[tiles.warpgroups]
+  computing, fetching = mosaic.REGISTERS[tiles.warpgroups]
   rounds = taps[0] * taps[2] * (channels_in // tiles.chunk)
 
   @pl.when(group < tiles.warpgroups)
