@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from pf_jax.cache import CacheSpec, LayerCache, Layout
 from pf_jax.kernels import rope
 from pf_jax.kernels.attention import Blocks, Segment, attend, pallas
 from pf_jax.kernels.context import assemble
-from pf_jax.kernels.conv3d import IMPLEMENTATIONS, conv3d, operations, supports
+from pf_jax.kernels.conv3d import IMPLEMENTATIONS, Epilogue, conv3d, operations, supports
 from pf_jax.kernels.platform import target_platform
 from pf_jax.models.bundle import VideoModels
 from pf_jax.models.vae import ResBlock, Upsample
@@ -234,17 +234,57 @@ def decoder_stages(models: VideoModels) -> list[counts.Convolution]:
   return list(dict.fromkeys(stages))
 
 
+def compressor_stages(models: VideoModels) -> list[counts.Convolution]:
+  """The convolutions of the compressor's HR branch, with the zeros before and after the block."""
+  return [shapes._replace(x=(1, shapes.x[1] + 2, *shapes.x[2:]))
+          for shapes in counts.hr_convolutions(models)]
+
+
 def convolutions(bench: Bench) -> list[Case]:
   """Those of the compressor's HR branch and of the VAE's decoder."""
   models = bench.subject.models
-  cases = []
-  for number, shapes in enumerate(counts.hr_convolutions(models)):
-    padded = shapes._replace(x=(1, shapes.x[1] + 2, *shapes.x[2:]))  # in time, where it is zeros
-    cases.append(_convolution(f'compressor {number}', padded, 'float32'))
   dtype = models.spec.vae.dtypes.compute
-  for number, shapes in enumerate(decoder_stages(models)):
-    cases.append(_convolution(f'decoder stage {number}', shapes, dtype))
-  return cases
+  return [*(_convolution(f'compressor {number}', shapes, 'float32')
+            for number, shapes in enumerate(compressor_stages(models))),
+          *(_convolution(f'decoder stage {number}', shapes, dtype)
+            for number, shapes in enumerate(decoder_stages(models)))]
+
+
+class ConvolutionWork(NamedTuple):
+  """Arguments of `conv3d`."""
+
+  x: Array
+  kernel: Array
+  bias: Array
+  strides: tuple[int, int, int]
+  epilogue: Epilogue
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """All but the arrays to convolve; spaces are padded by 1."""
+    return {'strides': self.strides, 'padding': ((1, 1), (1, 1)), 'epilogue': self.epilogue}
+
+
+def convolution_works(models: VideoModels) -> dict[str, Callable[[], ConvolutionWork]]:
+  """The suite's, each with all that follows it anywhere in its network; made when called.
+
+  The compressor's are in half precision, in which our kernel computes them.
+  """
+  def made(shapes: counts.Convolution, dtype: str, whole: bool) -> ConvolutionWork:
+    x, kernel, bias = (array(*size, dtype=dtype, seed=seed) for seed, size in enumerate((
+        shapes.x, shapes.kernel, shapes.kernel[-1:])))
+    work = ConvolutionWork(x, kernel, bias, shapes.strides, Epilogue(silu=True))
+    if not whole:
+      return work
+    out = jax.eval_shape(lambda: conv3d(x, kernel, bias, **work.options))
+    return work._replace(epilogue=Epilogue(bias, True, draw(out, 3)))
+
+  dtype = models.spec.vae.dtypes.compute
+  return {
+      **{f'compressor {number}': functools.partial(made, shapes, 'bfloat16', False)
+         for number, shapes in enumerate(compressor_stages(models))},
+      **{f'decoder stage {number}': functools.partial(made, shapes, dtype, True)
+         for number, shapes in enumerate(decoder_stages(models))}}
 
 
 # --- the VAE --------------------------------------------------------------------------------------

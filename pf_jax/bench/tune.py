@@ -16,10 +16,11 @@ from pf_jax.aot.compile import no_compilation_cache
 from pf_jax.bench import timing
 from pf_jax.bench.case import Bench
 from pf_jax.bench.config import Effort
-from pf_jax.bench.kernels import BlockAttention, block_attentions, hopper
+from pf_jax.bench.kernels import block_attentions, convolution_works, hopper
 from pf_jax.bench.timing import Call
-from pf_jax.kernels import tuning
+from pf_jax.kernels import conv3d, tuning
 from pf_jax.kernels.attention import attend, pallas
+from pf_jax.types import Array
 
 # Relative, in the norm. Backends in half precision differ by 0.5%; one tile less of the 1.3B's 436
 # is 5%.
@@ -56,24 +57,49 @@ def _attention(bench: Bench) -> None:
       continue
     shape = pallas.shape_of(work.q, work.segments)
     bench.say(f'tuning attention, {name} ...')
-    wanted = np.asarray(attend(work.q, work.segments, implementation='cudnn'), np.float32)
+    wanted = attend(work.q, work.segments, implementation='cudnn')
     tuning.tune(tuning.Problem.here('attention', shape), pallas_gpu.candidates(),
-                functools.partial(_compiled, work, wanted),
+                functools.partial(_compiled, pallas.attend, (work.q, work.segments), wanted),
                 functools.partial(race, effort=bench.effort), say=bench.say)
 
 
-def _compiled(work: BlockAttention, wanted: np.ndarray, tiles: Any) -> Callable[[], Any]:
-  """The kernel with these tiles, which was run once.
+def _convolutions(bench: Bench) -> None:
+  from pf_jax.kernels.conv3d import pallas_gpu
+
+  for name, make in convolution_works(bench.subject.models).items():
+    work = make()
+    arrays, (x, kernel) = (work.x, work.kernel, work.bias), (work.x, work.kernel)
+    if not conv3d.pallas.supports(x, kernel, work.strides):
+      bench.say(f'nothing to tune for {name}: the kernel takes {conv3d.pallas.LIMITS}.')
+      continue
+    shape = conv3d.pallas.shape_of(x, kernel, None, work.strides)
+    bench.say(f'tuning conv3d, {name} ...')
+    wanted = conv3d.conv3d(*arrays, **work.options, implementation='reference')
+    function = functools.partial(conv3d.pallas.conv3d, past=None, **work.options)
+    tuning.tune(tuning.Problem.here('conv3d', shape),
+                pallas_gpu.candidates(conv3d.pallas.folded_shape(kernel, work.strides)),
+                functools.partial(_compiled, function, arrays, wanted),
+                functools.partial(race, effort=bench.effort), say=bench.say)
+
+
+def _compiled(function: Callable, inputs: tuple, wanted: Array, tiles: Any) -> Callable[[], Any]:
+  """A kernel with these tiles, which was run once.
+
+  Args:
+    function: (*inputs, tiles=...) -> what is wanted.
+    inputs: pytrees of arrays.
+    wanted: by another implementation.
+    tiles: of the kernel.
 
   Raises:
     Unfit: it spills, or computes something else.
   """
   with no_compilation_cache(), ptxas.captured() as lines:
-    function = jax.jit(functools.partial(pallas.attend, tiles=tiles))
-    program = function.lower(work.q, work.segments).compile()
+    program = jax.jit(functools.partial(function, tiles=tiles)).lower(*inputs).compile()
   check_registers(lines)
-  run = functools.partial(program, work.q, work.segments)
-  error = np.linalg.norm(np.asarray(run(), np.float32) - wanted) / np.linalg.norm(wanted)
+  run = functools.partial(program, *inputs)
+  found, exact = (np.asarray(x, np.float32) for x in (run(), wanted))
+  error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
   if not error <= _ERROR:  # NaN is no better
     raise Unfit(f'what it computes is off by {error:.1%}')
   return run
@@ -93,4 +119,4 @@ def race(ready: Mapping[Any, Callable[[], Any]], effort: Effort) -> dict[Any, fl
   return {tiles: timed.summary.median for tiles, timed in timings.items()}
 
 
-_TUNERS: dict[str, Callable[[Bench], None]] = {'attention': _attention}
+_TUNERS: dict[str, Callable[[Bench], None]] = {'attention': _attention, 'conv3d': _convolutions}

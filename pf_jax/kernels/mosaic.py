@@ -1,8 +1,8 @@
-"""Kernels of Pallas' Mosaic GPU that say what they cost, so that their operations can be counted.
+"""Kernels of Pallas' Mosaic GPU for Hopper cards: what one has room for, and what it costs.
 
-`plgpu.kernel` takes an estimate only in later versions of JAX than the oldest one that is
-supported; this is the same by way of `pl.kernel`, whose trace keeps it (`pf_jax.train.flops` reads
-it there).
+Kernels say what they cost, so that their operations can be counted. `plgpu.kernel` takes an
+estimate only in later versions of JAX than the oldest one that is supported; `kernel` is the same
+by way of `pl.kernel`, whose trace keeps it (`pf_jax.train.flops` reads it there).
 """
 
 import functools
@@ -11,6 +11,19 @@ from typing import Any
 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # of a product that a warpgroup computes at once
+SHARED_BYTES = 227 * 1024 - 1024  # of a program; the rest is for barriers
+# Registers of a thread that (computes, fetches), by how many warpgroups compute. A multiprocessor
+# has 65,536, which is 512 for each of 128 places in a warpgroup; three warpgroups are launched with
+# 168 each, 504 in all. A warpgroup that asks for more than the others leave waits for ever.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+
+
+def check_warpgroups(warpgroups: int) -> None:
+  """Raises ValueError where registers cannot be shared out between so many that compute."""
+  if warpgroups not in REGISTERS:
+    raise ValueError(f'{warpgroups=} must be 2 or 3: registers are shared out between them.')
 
 
 def kernel(body: Callable[..., None], *, name: str, out_type: Any, scratch_types: Sequence[Any],

@@ -2,10 +2,7 @@
 
   python -m tests.kernels.interpreted [MUTATION]
 
-Prints the largest error of every case against float32, or what was found wrong. The interpreter
-blocks a thread for every waiting warpgroup, so XLA needs more threads than a small machine has
-cores (NPROC): that is why this is a process of its own. A planted bug that makes a kernel wait for
-ever is ended by whoever started it.
+Prints the largest error of every case against float32, or what was found wrong.
 """
 
 import os
@@ -20,11 +17,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels.attention import combine, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import Blocks, Segment, assemble
 from pf_jax.kernels.quantization import quantize
+from tests.kernels import interpreting
 from tests.kernels.slow_kernel import slow_kernel
 
 HEAD = 128
@@ -159,23 +156,8 @@ MUTATIONS = {
 }
 
 
-def mutate(name: str) -> None:
-  """Plants a bug in the kernel's source."""
-  if not name:
-    return
-  before, after, _ = MUTATIONS[name]
-  with open(pallas_gpu.__file__, encoding='utf-8') as file:
-    source = file.read()
-  if source.count(before) != 1:
-    raise SystemExit(f'the planted bug {name!r} does not fit the source any more.')
-  exec(compile(source.replace(before, after), pallas_gpu.__file__, 'exec'), vars(pallas_gpu))
-
-
 def main(mutation: str) -> int:
-  # The interpreter computes with JAX itself, in callbacks: nothing may be queued before them.
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
-  mutate(mutation)
-  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  interpret = interpreting.prepare(pallas_gpu, MUTATIONS, mutation)
   tiles = pallas_gpu.TileSpec(warpgroups=3, keys=64, stages=2)
   attend = functools.partial(pallas.attend, tiles=tiles, interpret=interpret)
 
@@ -201,11 +183,7 @@ def main(mutation: str) -> int:
 def compare(name: str, found: jax.Array, wanted: jax.Array) -> bool:
   """Says how far off it is, and whether that is good enough."""
   error = np.abs(np.asarray(found, np.float32) - np.asarray(wanted, np.float32))
-  print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
-  good = error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3
-  if not good:
-    print('wrong values')
-  return bool(good)
+  return interpreting.accept(name, error, 8e-3, 6e-3)
 
 
 if __name__ == '__main__':

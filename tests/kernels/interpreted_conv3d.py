@@ -1,9 +1,8 @@
 """Runs the Mosaic GPU convolution in Pallas' interpreter, with race detection; needs jax 0.11.
 
-  python tests/kernels/interpreted_conv3d.py [MUTATION]
+  python -m tests.kernels.interpreted_conv3d [MUTATION]
 
-Prints the largest error of every case against float32, or what was found wrong. A process of its
-own for the same reason as interpreted.py, whose planted bugs work like these.
+Prints the largest error of every case against float32, or what was found wrong.
 """
 
 import os
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels.conv3d import pallas, pallas_gpu, reference
 from pf_jax.kernels.conv3d.reference import Epilogue
+from tests.kernels import interpreting
 
 SMALL = pallas_gpu.TileSpec(warpgroups=2, blocks=1, columns=32, channels=32, chunk=32, patches=2,
                             weights=2)
@@ -128,32 +127,15 @@ MUTATIONS = {
 }
 
 
-def mutate(name: str) -> None:
-  """Plants a bug in the kernel's source."""
-  if not name:
-    return
-  before, after, _ = MUTATIONS[name]
-  with open(pallas_gpu.__file__, encoding='utf-8') as file:
-    source = file.read()
-  if source.count(before) != 1:
-    raise SystemExit(f'the planted bug {name!r} does not fit the source any more.')
-  exec(compile(source.replace(before, after), pallas_gpu.__file__, 'exec'), vars(pallas_gpu))
-
-
 def main(mutation: str) -> int:
-  # The interpreter computes with JAX itself, in callbacks: nothing may be queued before them.
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
-  mutate(mutation)
-  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  interpret = interpreting.prepare(pallas_gpu, MUTATIONS, mutation)
   for name, given in cases().items():
     run = jax.jit(lambda arrays, given=given: convolve(given, arrays, interpret))
     out = run((*given[:4], given.epilogue.gain, given.epilogue.residual))
     out, wanted = (np.asarray(jax.block_until_ready(y), np.float32)
                    for y in (out, expected(given)))
     error = np.abs(out - wanted) / (1 + np.abs(wanted))
-    print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
-    if not (error.max() <= 8e-3 and np.quantile(error, 0.99) <= 6e-3):
-      print('wrong values')
+    if not interpreting.accept(name, error, 8e-3, 6e-3):
       return 1
   return 0
 

@@ -1,9 +1,8 @@
 """Runs the norm-and-rotate kernel in Pallas' interpreter, with race detection; needs jax 0.11.
 
-  python tests/kernels/interpreted_rope.py [MUTATION]
+  python -m tests.kernels.interpreted_rope [MUTATION]
 
-Prints the largest error of every case against float32, or what was found wrong. See
-`interpreted.py`, which does the same for attention, for why this is a process of its own.
+Prints the largest error of every case against float64, or what was found wrong.
 """
 
 import os
@@ -17,10 +16,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels import rope
 from pf_jax.kernels.rope import pallas, pallas_gpu
+from tests.kernels import interpreting
 
 EPS = 1e-6
 
@@ -90,23 +89,8 @@ MUTATIONS = {
 }
 
 
-def mutate(name: str) -> None:
-  """Plants a bug in the kernel's source."""
-  if not name:
-    return
-  before, after, _ = MUTATIONS[name]
-  with open(pallas_gpu.__file__, encoding='utf-8') as file:
-    source = file.read()
-  if source.count(before) != 1:
-    raise SystemExit(f'the planted bug {name!r} does not fit the source any more.')
-  exec(compile(source.replace(before, after), pallas_gpu.__file__, 'exec'), vars(pallas_gpu))
-
-
 def main(mutation: str) -> int:
-  # The interpreter computes with JAX itself, in callbacks: nothing may be queued before them.
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
-  mutate(mutation)
-  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  interpret = interpreting.prepare(pallas_gpu, MUTATIONS, mutation)
   for name, make in CASES.items():
     *arguments, first = make()
     run = jax.jit(functools.partial(pallas.norm_and_rotate, first=first, eps=EPS,
@@ -115,9 +99,7 @@ def main(mutation: str) -> int:
     wanted = expected(*arguments, first)
     # Of what is largest in a token: pairs may cancel out.
     error = np.abs(out - wanted) / np.abs(wanted).max(axis=(2, 3), keepdims=True)
-    print(f'{name}: {error.max():.5f} at most, {np.quantile(error, 0.99):.5f} for 99%', flush=True)
-    if not (error.max() <= 2**-8 and np.quantile(error, 0.99) <= 3e-3):  # rounded once
-      print('wrong values')
+    if not interpreting.accept(name, error, 2**-8, 3e-3):  # rounded once
       return 1
   return 0
 

@@ -1,12 +1,10 @@
-"""Convolutions: one suite over all implementations; the fused kernel's arguments and the kernel."""
+"""Convolutions: one suite over all implementations, and the fused kernel's arguments."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
+from pf_jax.kernels import mosaic, tuning
 from pf_jax.kernels.conv3d import Epilogue, conv3d, pallas, pallas_gpu, supports
 from pf_jax.kernels.conv3d.pallas_gpu import Finish, TileSpec
 from pf_jax.models.compressor import CompressorSpec, HrBranch
@@ -25,7 +24,6 @@ from pf_jax.train import flops
 from pf_jax.types import DTypes
 from tests.kernels import interpreted_conv3d
 from tests.kernels.interpreted_conv3d import SAME, problem
-from tests.kernels.test_pallas import needs_interpreter
 from tests.kernels.test_platform import CARD
 
 INTERPRETED = interpreted_conv3d.cases()
@@ -225,10 +223,7 @@ def test_refuses_tiles_that_the_hardware_cannot_multiply():
 def test_tiles_divide_the_output_and_fit(channels, wanted):
   tiles = pallas_gpu.default_tiles(channels)
   assert tiles.channels == wanted
-  assert tiles.shared_bytes(3) <= pallas_gpu.SHARED_BYTES
-  registers, fetching = pallas_gpu.REGISTERS[tiles.warpgroups]
-  threads = 128 * (tiles.warpgroups + 1)
-  assert 128 * (tiles.warpgroups * registers + fetching) <= 65_536 // threads // 8 * 8 * threads
+  assert tiles.shared_bytes(3) <= mosaic.SHARED_BYTES
 
 
 # --- the card that is not there -------------------------------------------------------------------
@@ -309,6 +304,57 @@ def test_lowers_for_a_card_that_is_not_there(name):
   assert bool(joined) == (STAGES[name].strides != (1, 1, 1))
 
 
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+  """The user's table, empty."""
+  monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / 'tuning.json'))
+
+
+def test_tiles_come_from_the_table(table, monkeypatch):
+  used = []
+
+  def convolve(pieces, kernel, *rest, tiles, size, **options):
+    used.append(tiles)
+    frames = sum(piece.shape[1] for piece in pieces) + 1 - kernel.shape[0]
+    return jnp.zeros((1, frames, *size, kernel.shape[4]), pieces[0].dtype)
+
+  monkeypatch.setattr(pallas_gpu, 'convolve', convolve)
+  stage, other = STAGES['decoder 480x832, 1'], STAGES['compressor 1']
+  tuned, narrow = TileSpec(2, 2, 32, 96, 32, 3, 5), TileSpec(2, 2, 16, 64, 64, 2, 4)
+  for key, tiles in (('bfloat16 1x18x480x832x96 by 3x3x3x96', tuned),
+                     ('bfloat16 1x4x60x104x32 by 3x4x4x128 every 1x2x2', narrow)):
+    tuning.record(tuning.Problem('conv3d', key, 'some card', jax.__version__), tiles, 1e-3)
+  default = pallas_gpu.default_tiles(96)
+  for mesh, made, asked in ((CARD, stage, None), (None, stage, None), (CARD, stage, default),
+                            (CARD, STAGES['decoder 480x832, 2'], None), (CARD, other, None)):
+    with contextlib.nullcontext() if mesh is None else use_abstract_mesh(mesh):
+      jax.eval_shape(functools.partial(made.call, tiles=asked), *made.arguments())
+  assert used == [tuned, default, default, tuned, narrow]
+
+
+@pytest.mark.parametrize('tiles', [
+    TileSpec(2, channels=160), TileSpec(2, channels=64, chunk=64), TileSpec(weights=32)])
+def test_tuned_tiles_that_do_not_fit_are_not_used(tiles, table):
+  """Channels of the output, of the input, and shared memory."""
+  x, kernel, _, past, *_ = STAGES['encoder of low resolution'].arguments()
+  shapes = pallas.shape_of(x, kernel, past, (1, 1, 1))
+  tuning.record(tuning.Problem.here('conv3d', shapes), tiles, 1e-3)
+  assert pallas.tuned(x, kernel, past, (1, 1, 1)) == pallas_gpu.default_tiles(192)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_candidates_begin_with_the_default_and_fit(name):
+  _, kernel, *_ = STAGES[name].arguments()
+  folded = pallas.folded_shape(kernel, STAGES[name].strides)
+  first, *rest = found = pallas_gpu.candidates(folded)
+  assert first == pallas_gpu.default_tiles(folded[4])
+  assert len(set(found)) == len(found) >= 8
+  assert first not in rest
+  for tiles in found:
+    assert folded[3] % tiles.chunk == folded[4] % tiles.channels == 0
+    assert tiles.shared_bytes(folded[1]) <= mosaic.SHARED_BYTES
+
+
 def test_counts_shared_memory(monkeypatch):
   """What is just allowed lowers; the compiler itself refuses what is more."""
   stage = STAGES['decoder 480x832, 1']
@@ -319,7 +365,7 @@ def test_counts_shared_memory(monkeypatch):
   more = dataclasses.replace(tiles, weights=14)
   with pytest.raises(ValueError, match=r'weights=14\) with 3 taps .* takes \d+ bytes of shared'):
     lower(stage, more)
-  monkeypatch.setattr(pallas_gpu, 'SHARED_BYTES', 10**9)
+  monkeypatch.setattr(mosaic, 'SHARED_BYTES', 10**9)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
     lower(stage, more)
 
@@ -434,30 +480,3 @@ def test_the_compressor_runs_on_it(without_the_card):
   assert ours.dtype == np.float32
   np.testing.assert_allclose(ours, branch(None), atol=0.02)
   np.testing.assert_allclose(branch('reference'), branch(None), atol=1e-5)
-
-
-# --- the kernel in an interpreter -----------------------------------------------------------------
-
-
-def interpret(mutation: str, seconds: float) -> tuple[int, str]:
-  command = [sys.executable, str(pathlib.Path(interpreted_conv3d.__file__)), mutation]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-  return done.returncode, done.stdout + done.stderr
-
-
-@needs_interpreter
-@pytest.mark.timeout(600)
-def test_equals_float32_in_the_interpreter_without_races():
-  status, said = interpret('', 500)
-  assert status == 0, said
-  assert said.count('at most') == len(INTERPRETED)
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize('mutation', interpreted_conv3d.MUTATIONS)
-def test_planted_bugs_are_found(mutation):
-  status, said = interpret(mutation, 300)
-  assert status, said
-  assert re.search(interpreted_conv3d.MUTATIONS[mutation][2], said), said

@@ -1,12 +1,8 @@
-"""The fused attention kernel: its arguments on any machine, the kernel itself in an interpreter."""
+"""The fused attention kernel: its arguments, tiles and counts on any machine."""
 
 import contextlib
 import dataclasses
 import functools
-import pathlib
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import use_abstract_mesh
 
-from pf_jax.kernels import rope, tuning
+from pf_jax.kernels import mosaic, rope, tuning
 from pf_jax.kernels.attention import Blocks, Segment, attend, combine, pallas, pallas_gpu
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.quantization import Quantized
@@ -28,8 +24,6 @@ from tests.kernels import interpreted
 from tests.kernels.slow_kernel import slow_kernel
 from tests.kernels.test_platform import CARD
 
-VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
-needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
 CASES = {name: (q, segments) for name, q, segments in interpreted.cases()}
 FLOAT8_CASES = {name: (q, segments) for name, q, segments in interpreted.float8_cases()}
 HALVES = {name: (q, parts) for name, q, parts in interpreted.halves()}
@@ -141,7 +135,7 @@ def test_refuses_what_the_kernel_cannot_read():
 
 def test_registers_are_there_for_all():
   """A warpgroup that asks for more than is left waits for ever."""
-  for computing, (registers, fetching) in pallas_gpu.REGISTERS.items():
+  for computing, (registers, fetching) in mosaic.REGISTERS.items():
     threads = 128 * (computing + 1)
     launched = 65_536 // threads // 8 * 8
     assert 128 * (computing * registers + fetching) <= launched * threads
@@ -260,9 +254,9 @@ def test_a_model_counts_as_with_the_reference():
 def half_precision(attention, rotation=None):
   """Shapes of a small model that the kernel takes, and its rollout."""
   spec = tiny_model_spec()
-  transformer = dataclasses.replace(spec.transformer, width=128, attention=attention,
-                                    rotation=rotation,
-                                    dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
+  transformer = dataclasses.replace(
+      spec.transformer, width=128, attention=attention, rotation=rotation,
+      dtypes=DTypes(compute='bfloat16', cache='bfloat16'))
   spec = dataclasses.replace(spec, transformer=transformer,
                              compressor=dataclasses.replace(spec.compressor, width=128))
   cache = {'sink_blocks': 1, 'recent_blocks': 1, 'top_k': 2, 'mid_capacity': 4}
@@ -280,7 +274,7 @@ def test_counts_shared_memory(monkeypatch):
   one = pallas_gpu.TileSpec(3, 64, 4)
   assert one.shared_bytes(128, 20) == 192 * 256 * 2 + 2 * 4 * 64 * 128 * 2 + 2 * 20 * 64 * 4
   assert one.shared_bytes(128, 20, return_lse=True) - one.shared_bytes(128, 20) == 192 * 4
-  monkeypatch.setattr(pallas_gpu, 'SHARED_BYTES', 10**9)
+  monkeypatch.setattr(mosaic, 'SHARED_BYTES', 10**9)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
     lower(one)
 
@@ -291,42 +285,3 @@ def test_needs_a_card():
   assert shape.shape == q.shape  # plans are made anywhere
   with pytest.raises(ValueError, match='Only interpret mode is supported on CPU'):
     attend(q, segments, implementation='pallas')
-
-
-def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
-  """Exit status of a run in the interpreter, None if it waits for ever, and what it said."""
-  command = [sys.executable, '-m', 'tests.kernels.interpreted', mutation]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False,
-                          cwd=pathlib.Path(__file__).parents[2])
-  except subprocess.TimeoutExpired:
-    return None, ''
-  return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize('mutation', interpreted.MUTATIONS)
-def test_planted_bugs_fit_the_source(mutation):
-  source = pathlib.Path(pallas_gpu.__file__).read_text(encoding='utf-8')
-  assert source.count(interpreted.MUTATIONS[mutation][0]) == 1
-
-
-@needs_interpreter
-@pytest.mark.timeout(600)
-def test_equals_float32_in_the_interpreter_without_races():
-  status, said = interpret('', 500)
-  assert status == 0, said
-  assert said.count('at most') == len(CASES) + len(FLOAT8_CASES) + 2 * len(HALVES)
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize('mutation', interpreted.MUTATIONS)
-def test_planted_bugs_are_found(mutation):
-  symptom = interpreted.MUTATIONS[mutation][2]
-  status, said = interpret(mutation, 120)
-  if symptom is None:
-    assert status is None, said
-  else:
-    assert status, said
-    assert re.search(symptom, said), said

@@ -1,10 +1,6 @@
-"""Norm and rotation in one go: numbers, the kernel's arguments, the kernel in an interpreter."""
+"""Norm and rotation in one go: numbers, and the kernel's arguments."""
 
 import functools
-import pathlib
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +9,13 @@ import pytest
 from flax import nnx
 from jax.sharding import use_abstract_mesh
 
-from pf_jax.kernels import rope
+from pf_jax.kernels import mosaic, rope
 from pf_jax.kernels.rope import pallas, pallas_gpu
 from pf_jax.models.transformer import Attention, RmsNorm, TransformerSpec
 from pf_jax.train import flops, lora
 from pf_jax.types import DTypes
-from tests.kernels import interpreted_rope
 from tests.kernels.interpreted_rope import CASES, EPS, expected
 from tests.kernels.test_platform import CARD
-
-VERSION = tuple(map(int, re.findall(r'\d+', jax.__version__)[:2]))
-needs_interpreter = pytest.mark.skipif(VERSION < (0, 11), reason='Pallas interprets since jax 0.11')
 
 
 def call(arguments, implementation=None):
@@ -208,11 +200,11 @@ def test_counts_shared_memory(monkeypatch):
   assert eight.shared_bytes(12, 128) == 8 * 1536 * 2 + 2 * 8 * 64 * 4 + 1536 * (2 + 2 * 2)
   assert pallas_gpu.RowSpec.fitting(12, 128) == eight
   assert pallas_gpu.RowSpec.fitting(40, 128) == four
-  assert 3 * four.shared_bytes(40, 128) <= pallas_gpu.SHARED_BYTES
+  assert 3 * four.shared_bytes(40, 128) <= mosaic.SHARED_BYTES
   with pytest.raises(ValueError, match=r'24 rows of 40 heads of 128 take 288768 bytes of shared'):
     lower(full_size(5120), pallas_gpu.RowSpec(24))
   lower(full_size(5120), pallas_gpu.RowSpec(16))
-  monkeypatch.setattr(pallas_gpu, 'SHARED_BYTES', 10**9)
+  monkeypatch.setattr(mosaic, 'SHARED_BYTES', 10**9)
   with pytest.raises(Exception, match=r'(?i)shared memory|smem'):
     lower(full_size(5120), pallas_gpu.RowSpec(24))
 
@@ -231,35 +223,3 @@ def test_needs_a_card():
   arguments = CASES['one head']()
   with pytest.raises(ValueError, match='Only interpret mode is supported on CPU'):
     call(arguments, 'pallas')
-
-
-def interpret(mutation: str, seconds: float) -> tuple[int | None, str]:
-  """Exit status of a run in the interpreter, None if it waits for ever, and what it said."""
-  command = [sys.executable, str(pathlib.Path(interpreted_rope.__file__)), mutation]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-  except subprocess.TimeoutExpired:
-    return None, ''
-  return done.returncode, done.stdout + done.stderr
-
-
-@needs_interpreter
-@pytest.mark.timeout(300)
-def test_equals_float64_in_the_interpreter_without_races():
-  status, said = interpret('', 250)
-  assert status == 0, said
-  assert said.count('at most') == len(CASES)
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize('mutation', interpreted_rope.MUTATIONS)
-def test_planted_bugs_are_found(mutation):
-  symptom = interpreted_rope.MUTATIONS[mutation][2]
-  status, said = interpret(mutation, 60)
-  if symptom is None:
-    assert status is None, said
-  else:
-    assert status, said
-    assert re.search(symptom, said), said

@@ -17,30 +17,34 @@ import pytest
 
 from pf_jax import outputs
 from pf_jax.bench import (
-    block,
-    counts,
-    kernels,
-    long,
-    report,
-    run,
-    subject,
-    timing,
-    torch_peer,
-    tune,
+  block,
+  counts,
+  kernels,
+  long,
+  report,
+  run,
+  subject,
+  timing,
+  torch_peer,
+  tune,
 )
 from pf_jax.bench.case import Bench
 from pf_jax.bench.ceilings import Ceilings
 from pf_jax.bench.config import SUITES, Effort, parse_suites
 from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call, Timing
-from pf_jax.kernels import tuning
+from pf_jax.kernels import conv3d, tuning
 from pf_jax.kernels.attention import cudnn, pallas, pallas_gpu, reference
 from pf_jax.kernels.context import ready_made
 from pf_jax.kernels.conv3d import operations
+from pf_jax.kernels.conv3d import pallas as conv3d_pallas
+from pf_jax.kernels.conv3d import pallas_gpu as conv3d_gpu
 from pf_jax.kernels.quantization import DTYPES, Quantized, dequantize, largest
+from pf_jax.models import bundle
 from pf_jax.pipeline import rollout_spec
 from pf_jax.sampling.meter import CompileCounter
 from pf_jax.testing import tiny_model_spec
+from pf_jax.types import DTypes
 from tests import sampled
 from tests.kernels.test_pallas import half_precision
 
@@ -403,6 +407,46 @@ def test_tuning_keeps_the_fastest_and_says_what_is_no_use(half, card, monkeypatc
   assert len([line for line in lines if line.startswith('tuning attention, ')]) == 2
 
 
+@pytest.fixture
+def wide(half):
+  """The same with convolutions that our kernel takes but for the first of the compressor."""
+  models, spec = half.models, half.spec
+  sizes = dataclasses.replace(
+      models.spec, vae=dataclasses.replace(
+          models.spec.vae, base_width=32, dtypes=DTypes('bfloat16', 'bfloat16')),
+      compressor=dataclasses.replace(models.spec.compressor, channels=(8, 32, 32)))
+  return Subject(bundle.shapes(sizes).without_text(), spec, None, 'random')
+
+
+def test_convolutions_are_tuned_with_what_follows_them(wide, card, monkeypatch):
+  sizes = [conv3d_gpu.TileSpec(groups, columns=columns, channels=32)
+           for groups, columns in ((3, 16), (2, 32), (2, 16))]
+  asked = []
+
+  def convolve(x, kernel, bias, *, epilogue, tiles, **options):
+    asked.append((x.shape, epilogue.gain is not None, epilogue.silu, epilogue.residual is not None))
+    out = conv3d.IMPLEMENTATIONS['reference'](x, kernel, bias, epilogue=epilogue, **options)
+    return 2 * out if tiles.columns == 32 else out
+
+  monkeypatch.setattr(conv3d_pallas, 'conv3d', convolve)
+  monkeypatch.setattr(conv3d_gpu, 'candidates', lambda kernel: sizes)
+  monkeypatch.setattr(tune, 'race', lambda ready, effort: {
+      tiles: float(tiles.warpgroups) for tiles in ready})
+  lines = []
+  tune.tune(bench_of(wide, lines), ('conv3d',))
+  assert lines[0] == f'nothing to tune for compressor 0: the kernel takes {conv3d_pallas.LIMITS}.'
+  stages = kernels.decoder_stages(wide.models)
+  strided = kernels.compressor_stages(wide.models)[1:]
+  assert asked[::3] == [*((stage.x, False, True, False) for stage in strided),
+                        *((stage.x, True, True, True) for stage in stages)]
+  assert len([line for line in lines if 'off by 100.0%' in line]) == len(asked[::3]) > 2
+  # A block's frames with the two before them lie apart in a rollout.
+  x, kernel = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in stages[-1][:2])
+  past, x = (jax.ShapeDtypeStruct((1, frames, *x.shape[2:]), x.dtype)
+             for frames in (2, x.shape[1] - 2))
+  assert conv3d_pallas.tuned(x, kernel, past, (1, 1, 1)) == sizes[2]
+
+
 def test_the_race_is_timed(monkeypatch):
   clock = Clock()
   calls = {name: clock.work(name, seconds).run for name, seconds in (('a', 1.0), ('b', 0.5))}
@@ -424,7 +468,7 @@ def test_where_there_is_nothing_to_tune(tiny, half, card, monkeypatch, tmp_path)
   tune.tune(bench_of(half, lines), ('context', 'vae'))
   tune.tune(bench_of(tiny, lines), ('attention',))
   assert lines == [
-      'nothing to tune in context, vae; suites with tiles: attention.',
+      'nothing to tune in context, vae; suites with tiles: attention, conv3d.',
       *(f'nothing to tune for {name}: the kernel takes {pallas.LIMITS}.'
         for name in ('block', 'compressed block'))]
   monkeypatch.undo()

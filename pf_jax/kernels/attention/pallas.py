@@ -109,6 +109,7 @@ def _blocks(segment: Segment | Blocks) -> tuple[int, int]:
 def tuned(q: Array, segments: Sequence[Segment | Blocks], float8: bool = False,
           return_lse: bool = False) -> Any:
   """`pallas_gpu.TileSpec` that was fastest for these shapes on this device, else the default."""
+  from pf_jax.kernels import mosaic
   from pf_jax.kernels.attention import pallas_gpu
 
   quantized = any(isinstance(segment.k, Quantized) for segment in segments)
@@ -118,7 +119,7 @@ def tuned(q: Array, segments: Sequence[Segment | Blocks], float8: bool = False,
   slots = sum(number for number, _ in map(_blocks, segments))
   needed = found.shared_bytes(q.shape[-1], slots, quantized=quantized, float8=float8,
                               return_lse=return_lse)
-  return found if needed <= pallas_gpu.SHARED_BYTES else default  # tuned without log-sum-exp
+  return found if needed <= mosaic.SHARED_BYTES else default  # tuned without log-sum-exp
 
 
 def _aligned(x: Array) -> Array:

@@ -44,18 +44,13 @@ from pf_jax.kernels.attention.tiles import (
     tile_table,
     transposed,
 )
+from pf_jax.kernels.mosaic import ROWS
 from pf_jax.types import Array
 
-ROWS = 64  # of queries that a warpgroup multiplies at once
 LOWEST = -1e30  # maximum of no logits
 FLOAT8_TOP = 8.0  # weights of 8 bits go up to 2 to that; the largest number is 448
 WIDENED = 2048  # numbers that a warpgroup makes half precision at once
 SMALLEST = 1e-30  # sum of the weights, of a query without any key; the others' are at least 1
-SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
-# Registers of a thread that (computes, fetches). A multiprocessor has 65,536, which is 512 for each
-# of 128 places in a warpgroup; three warpgroups are launched with 168 each, 504 in all. A warpgroup
-# that asks for more than the others leave waits for ever.
-REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +76,7 @@ class TileSpec:
   stored_stages: int = 2
 
   def __post_init__(self):
-    if self.warpgroups not in (2, 3):
-      raise ValueError(f'warpgroups={self.warpgroups} must be 2 or 3: registers are shared out '
-                       'between them.')
+    mosaic.check_warpgroups(self.warpgroups)
     if self.keys % 32 or not 32 <= self.keys <= 256:
       raise ValueError(f'keys={self.keys} must be a multiple of 32 within 32..256.')
     for name in ('stages', 'stored_stages'):
@@ -173,9 +166,9 @@ def attend_pools(q: Array, turned: Array, cos: Array, sin: Array, pools: Sequenc
                    interpret is not None)
   needed = tiles.shared_bytes(head_dim, cos.shape[1], quantized=stored is not None,
                               float8=float8, return_lse=return_lse)
-  if needed > SHARED_BYTES:
+  if needed > mosaic.SHARED_BYTES:
     raise ValueError(f'{cos.shape[1]} attended blocks with {tiles} take {needed} bytes of shared '
-                     f'memory, of {SHARED_BYTES}; attend fewer, or use fewer stages.')
+                     f'memory, of {mosaic.SHARED_BYTES}; attend fewer, or use fewer stages.')
   batch, tokens, width = q.shape
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   if return_lse:
@@ -333,7 +326,7 @@ def _program(q, turned, cos, sin, k_scale, v_scale, out_scale, *refs, pools: int
   results, scratch = refs[inputs:inputs + outputs], _Scratch(*refs[inputs + outputs:])
   group = lax.axis_index('warpgroup')
   groups = kernel.tiles.warpgroups
-  computing, fetching = REGISTERS[groups]
+  computing, fetching = mosaic.REGISTERS[groups]
 
   @pl.when(group < groups)
   def _():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pf_jax.kernels import tuning
 from pf_jax.kernels.conv3d import reference
 from pf_jax.kernels.conv3d.reference import Epilogue, Padding, Strides
 from pf_jax.types import Array, PyTree
@@ -41,7 +42,7 @@ def conv3d(x: Array, kernel: Array, bias: Array, *, strides: Strides, padding: P
     padding: zeros (before, after) along height and width.
     past: [B, P, H, W, C], or None.
     epilogue: what follows.
-    tiles: `pallas_gpu.TileSpec`; None for the default.
+    tiles: `pallas_gpu.TileSpec`; None for the tuned ones, else the default.
     interpret: parameters of Pallas' interpreter, on machines without the card.
   """
   return _conv3d((x, kernel, bias, past, epilogue.gain, epilogue.residual), strides, padding,
@@ -54,6 +55,7 @@ def _conv3d(arrays: PyTree, strides: Strides, padding: Padding, silu: bool, tile
   from pf_jax.kernels.conv3d import pallas_gpu  # imports much that only cards need
 
   x, kernel, bias, past, gain, residual = arrays
+  tiles = tiles or tuned(x, kernel, past, strides)
   pieces = [x] if past is None or not past.shape[1] else [past, x]
   height, width = reference.output_size(x.shape[2:4], kernel.shape[1:3], strides[1:], padding)
   frames = sum(piece.shape[1] for piece in pieces)
@@ -65,8 +67,6 @@ def _conv3d(arrays: PyTree, strides: Strides, padding: Padding, silu: bool, tile
                       ], fold_kernel(kernel, strides)
     low = 0, 0
   channels = kernel.shape[4]
-  if tiles is None:
-    tiles = pallas_gpu.default_tiles(channels)
   # The norm needs all channels of a pixel, and a tile may have some of them only.
   inside = gain is None or channels == tiles.channels
   finish = pallas_gpu.Finish(norm=gain is not None and inside, silu=silu and inside,
@@ -79,6 +79,32 @@ def _conv3d(arrays: PyTree, strides: Strides, padding: Padding, silu: bool, tile
     return out
   wide = None if residual is None else residual.astype(jnp.float32)
   return reference.finished(out.astype(jnp.float32), Epilogue(gain, silu, wide)).astype(out.dtype)
+
+
+def shape_of(x: Array, kernel: Array, past: Array | None, strides: Strides) -> str:
+  """What tiles are tuned for: all frames, the kernel, and strides if there are any.
+
+  Such as 'bfloat16 1x18x480x832x96 by 3x3x3x96'; what follows the convolution is not told apart.
+  """
+  batch, frames, *size = x.shape
+  frames += 0 if past is None else past.shape[1]
+  numbers = (batch, frames, *size), (*kernel.shape[:3], kernel.shape[4]), strides
+  whole, taps, steps = ('x'.join(map(str, each)) for each in numbers)
+  return f'{x.dtype} {whole} by {taps}' + f' every {steps}' * (strides != (1, 1, 1))
+
+
+def tuned(x: Array, kernel: Array, past: Array | None, strides: Strides) -> Any:
+  """`pallas_gpu.TileSpec` that was fastest for these shapes on this device, else the default."""
+  from pf_jax.kernels.conv3d import pallas_gpu
+
+  default = pallas_gpu.default_tiles(kernel.shape[4])
+  found = tuning.sizes(tuning.Problem.here('conv3d', shape_of(x, kernel, past, strides)), default)
+  return found if found.fits(folded_shape(kernel, strides)) else default
+
+
+def folded_shape(kernel: Array, strides: Strides) -> tuple[int, ...]:
+  """Shape of a kernel as the card is given it, see `fold_kernel`."""
+  return jax.eval_shape(lambda kernel: fold_kernel(kernel, strides), kernel).shape
 
 
 def fold(x: Array, taps: tuple[int, ...], strides: Strides, padding: Padding) -> Array:

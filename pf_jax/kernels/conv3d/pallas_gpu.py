@@ -31,6 +31,7 @@ memory, is what larger patches save.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,18 +44,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pf_jax.kernels import mosaic
 from pf_jax.kernels.conv3d.reference import NORM_FLOOR
+from pf_jax.kernels.mosaic import ROWS
 from pf_jax.types import Array, tree_bytes
 
-ROWS = 64  # of pixels that a warpgroup multiplies at once
 GROUP = 8  # rows of a swizzled tile
-SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
-# Registers of a thread that (computes, fetches): see `pf_jax.kernels.attention.pallas_gpu`.
-REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TileSpec:
-  """Sizes that are tuned for a card.
+  """Sizes that are tuned for a card (`pf_jax.kernels.tuning`).
 
   Attributes:
     warpgroups: that compute.
@@ -78,9 +76,7 @@ class TileSpec:
   weights: int = 8
 
   def __post_init__(self):
-    if self.warpgroups not in REGISTERS:
-      raise ValueError(f'warpgroups={self.warpgroups} must be 2 or 3: registers are shared out '
-                       'between them.')
+    mosaic.check_warpgroups(self.warpgroups)
     if self.columns % GROUP or self.blocks < 1 or self.blocks * ROWS % self.columns:
       raise ValueError(f'columns={self.columns} must be a multiple of {GROUP} that divides the '
                        f'{self.blocks * ROWS} pixels of a warpgroup.')
@@ -116,6 +112,12 @@ class TileSpec:
     return (half * (self.patches * patch + self.weights * weights + self.pixels * self.channels)
             + 2 * full * self.channels)
 
+  def fits(self, kernel: Sequence[int]) -> bool:
+    """Whether it divides a kernel [kt, kh, kw, C, O], and shared memory is enough."""
+    _, height, _, channels_in, channels = kernel
+    return (channels_in % self.chunk == channels % self.channels == 0
+            and self.shared_bytes(height) <= mosaic.SHARED_BYTES)
+
 
 def default_tiles(channels: int) -> TileSpec:
   """The largest that need no more registers than there are (BENCHMARKS.md); none was timed.
@@ -127,6 +129,23 @@ def default_tiles(channels: int) -> TileSpec:
   if width > 96:
     return TileSpec(warpgroups=2, channels=width, patches=3, weights=5)
   return TileSpec(channels=width)
+
+
+def candidates(kernel: Sequence[int]) -> list[TileSpec]:
+  """Tiles worth timing for a kernel [kt, kh, kw, C, O], the default first; some spill.
+
+  Of rings the largest that fits: what waits in them hides how long memory takes.
+  """
+  channels = kernel[4]
+  widths = [w for w in range(192, 31, -32) if channels % w == 0][:2]
+  found = [default_tiles(channels)]
+  for (groups, blocks), columns, width, chunk in itertools.product(
+      ((3, 2), (2, 2), (3, 1), (2, 1)), (16, 32), widths, (32, 64)):
+    if width % chunk == 0:
+      rings = (TileSpec(groups, blocks, columns, width, chunk, *ring)
+               for ring in ((3, 8), (3, 5), (2, 4), (2, 2)))
+      found.extend(itertools.islice((tiles for tiles in rings if tiles.fits(kernel)), 1))
+  return list(dict.fromkeys(found))
 
 
 class Finish(NamedTuple):
@@ -172,9 +191,9 @@ def convolve(pieces: Sequence[Array], kernel: Array, vectors: Array, residual: A
     raise ValueError(f'a norm over {channels} channels needs all of them in one tile, got '
                      f'{tiles.channels}; apply it after the convolution.')
   needed = tiles.shared_bytes(kernel.shape[1])
-  if needed > SHARED_BYTES:
+  if needed > mosaic.SHARED_BYTES:
     raise ValueError(f'{tiles} with {kernel.shape[1]} taps along the height takes {needed} bytes '
-                     f'of shared memory, of {SHARED_BYTES}; use fewer buffers.')
+                     f'of shared memory, of {mosaic.SHARED_BYTES}; use fewer buffers.')
   batch, dtype = pieces[0].shape[0], pieces[0].dtype
   frames = sum(piece.shape[1] for piece in pieces) + 1 - kernel.shape[0]
   grid = (batch, pl.cdiv(size[0], tiles.rows), frames, pl.cdiv(size[1], tiles.columns),
@@ -313,7 +332,7 @@ def _program(*refs, pieces, low, finish, tiles, interpreted):
   scratch = scratch._replace(patches=patches, out=results)
   taps, channels_in = kernel.shape[:3], kernel.shape[3]
   group = lax.axis_index('warpgroup')
-  computing, fetching = REGISTERS[tiles.warpgroups]
+  computing, fetching = mosaic.REGISTERS[tiles.warpgroups]
   rounds = taps[0] * taps[2] * (channels_in // tiles.chunk)
 
   @pl.when(group < tiles.warpgroups)

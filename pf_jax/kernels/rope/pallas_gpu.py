@@ -23,7 +23,6 @@ from pf_jax.kernels import mosaic
 from pf_jax.types import Array, tree_bytes
 
 LANES, WARPS = 32, 4
-SHARED_BYTES = 227 * 1024 - 1024  # of a program on Hopper; the rest is for barriers
 _LOW, _HIGH = 16, 0xFFFF0000  # of a word
 
 
@@ -48,7 +47,8 @@ class RowSpec:
   @classmethod
   def fitting(cls, heads: int, head_dim: int) -> 'RowSpec':
     """8 rows, or 4 where 8 would let fewer than three programs share a multiprocessor."""
-    return cls() if 3 * cls().shared_bytes(heads, head_dim) <= SHARED_BYTES else cls(WARPS)
+    fits = 3 * cls().shared_bytes(heads, head_dim) <= mosaic.SHARED_BYTES
+    return cls() if fits else cls(WARPS)
 
   def shared_bytes(self, heads: int, head_dim: int) -> int:
     """Shared memory of a program, without its barrier."""
@@ -81,9 +81,9 @@ def norm_and_rotate(x: Array, bias: Array, scale: Array, cos: Array, sin: Array,
   batch, tokens, _, half = x.shape
   heads = bias.shape[0]
   needed = spec.shared_bytes(heads, 2 * half)
-  if needed > SHARED_BYTES:
+  if needed > mosaic.SHARED_BYTES:
     raise ValueError(f'{spec.rows} rows of {heads} heads of {2 * half} take {needed} bytes of '
-                     f'shared memory, of {SHARED_BYTES}; use fewer rows.')
+                     f'shared memory, of {mosaic.SHARED_BYTES}; use fewer rows.')
   out_type = jax.ShapeDtypeStruct((batch, tokens, heads, half), x.dtype)
   cost = pl.CostEstimate(  # of x as much as of the result
       flops=0, transcendentals=batch * tokens,
