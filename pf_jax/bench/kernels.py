@@ -15,7 +15,7 @@ from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call
 from pf_jax.cache import CacheSpec, LayerCache, Layout
 from pf_jax.kernels import rope
-from pf_jax.kernels.attention import Blocks, Segment, attend, pallas
+from pf_jax.kernels.attention import Blocks, Segment, attend, pallas, pallas_float8
 from pf_jax.kernels.context import assemble
 from pf_jax.kernels.conv3d import IMPLEMENTATIONS, Epilogue, conv3d, operations, supports
 from pf_jax.kernels.platform import target_platform
@@ -115,14 +115,22 @@ def _in_place(bench: Bench, name: str, work: BlockAttention) -> Case:
   rows = KeyValues(*(array(1, keys, *work.q.shape[2:], dtype=dtype, seed=seed)
                      for seed in (3, 4)))
   label, plain = plain_attention(dtype)
-  assembled = functools.partial(in_place, implementation='reference')
+
+  def by(implementation: str) -> Callable:
+    return functools.partial(in_place, implementation=implementation)
+
+  float8 = {}
+  if pallas_float8.supports(work.q, work.segments):
+    float8 = {'pallas_float8, in place': jitted(by('pallas_float8'), work)}
+  stored = bench.subject.spec.cache.attended_bytes()
   return Case(
       f'{name} over its cache',
-      {'pallas, in place': jitted(functools.partial(in_place, implementation='pallas'), work),
+      {'pallas, in place': jitted(by('pallas'), work), **float8,
        f'{label}, rows ready': jitted(plain, work.q, *rows),
-       'cudnn, rows assembled': jitted(functools.partial(in_place, implementation='cudnn'), work)},
+       'cudnn, rows assembled': jitted(by('cudnn'), work)},
       dtype, flops=counts.attention(work.q.shape[1], keys, dit.width),
-      bytes=2 * tree_bytes((work.q, rows.k)), traced_flops=counts.traced(assembled, work),
+      bytes=2 * tree_bytes(work.q) + tree_bytes(work.own) + stored,
+      traced_flops=counts.traced(by('reference'), work),
       shapes={'queries': work.q.shape, 'keys': rows.k.shape})
 
 

@@ -19,12 +19,14 @@ from pf_jax.bench.config import Effort
 from pf_jax.bench.kernels import block_attentions, convolution_works, hopper
 from pf_jax.bench.timing import Call
 from pf_jax.kernels import conv3d, tuning
-from pf_jax.kernels.attention import attend, pallas
+from pf_jax.kernels.attention import attend, pallas, pallas_float8
+from pf_jax.kernels.quantization import Quantized
 from pf_jax.types import Array
 
 # Relative, in the norm. Backends in half precision differ by 0.5%; one tile less of the 1.3B's 436
 # is 5%.
 _ERROR = 0.02
+_FLOAT8_ERROR = 0.1  # 3% on a video's own keys and values
 
 
 class Unfit(Exception):
@@ -52,15 +54,19 @@ def _attention(bench: Bench) -> None:
   from pf_jax.kernels.attention import pallas_gpu  # imports much that only cards need
 
   for name, work in block_attentions(bench.subject).items():
-    if not pallas.supports(work.q, work.segments):
+    inputs = work.q, work.segments
+    if not pallas.supports(*inputs):
       bench.say(f'nothing to tune for {name}: the kernel takes {pallas.LIMITS}.')
       continue
-    shape = pallas.shape_of(work.q, work.segments)
-    bench.say(f'tuning attention, {name} ...')
-    wanted = attend(work.q, work.segments, implementation='cudnn')
-    tuning.tune(tuning.Problem.here('attention', shape), pallas_gpu.candidates(),
-                functools.partial(_compiled, pallas.attend, (work.q, work.segments), wanted),
-                functools.partial(race, effort=bench.effort), say=bench.say)
+    quantized = any(isinstance(part.k, Quantized) for part in work.segments)
+    wanted = attend(*inputs, implementation='cudnn')
+    for backend, float8, error in ((pallas, False, _ERROR), (pallas_float8, True, _FLOAT8_ERROR)):
+      if backend.supports(*inputs):
+        problem = pallas.problem(*inputs, float8)
+        bench.say(f'tuning {problem.kernel}, {name} ...')
+        tuning.tune(problem, pallas_gpu.candidates(quantized, float8),
+                    functools.partial(_compiled, backend.attend, inputs, wanted, error=error),
+                    functools.partial(race, effort=bench.effort), say=bench.say)
 
 
 def _convolutions(bench: Bench) -> None:
@@ -82,7 +88,8 @@ def _convolutions(bench: Bench) -> None:
                 functools.partial(race, effort=bench.effort), say=bench.say)
 
 
-def _compiled(function: Callable, inputs: tuple, wanted: Array, tiles: Any) -> Callable[[], Any]:
+def _compiled(function: Callable, inputs: tuple, wanted: Array, tiles: Any, error: float = _ERROR
+              ) -> Callable[[], Any]:
   """A kernel with these tiles, which was run once.
 
   Args:
@@ -90,6 +97,7 @@ def _compiled(function: Callable, inputs: tuple, wanted: Array, tiles: Any) -> C
     inputs: pytrees of arrays.
     wanted: by another implementation.
     tiles: of the kernel.
+    error: that is allowed, relative, in the norm.
 
   Raises:
     Unfit: it spills, or computes something else.
@@ -99,9 +107,9 @@ def _compiled(function: Callable, inputs: tuple, wanted: Array, tiles: Any) -> C
   check_registers(lines)
   run = functools.partial(program, *inputs)
   found, exact = (np.asarray(x, np.float32) for x in (run(), wanted))
-  error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-  if not error <= _ERROR:  # NaN is no better
-    raise Unfit(f'what it computes is off by {error:.1%}')
+  off = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+  if not off <= error:  # NaN is no better
+    raise Unfit(f'what it computes is off by {off:.1%}')
   return run
 
 

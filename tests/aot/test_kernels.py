@@ -64,12 +64,13 @@ def test_attention_reads_the_cache_where_it_lies(tiles, return_lse):
   assert '__cudnn' not in report.executable.as_text()
 
 
+@pytest.mark.parametrize('return_lse', [False, True])
 @pytest.mark.parametrize(('storage', 'float8', 'scratch'), [
     ('int8', False, 0.6), ('float8_e4m3fn', False, 0.6), ('float8_e4m3fn', True, 5)])
-def test_attention_reads_8_bits_where_they_lie(storage, float8, scratch):
+def test_attention_reads_8_bits_where_they_lie(storage, float8, scratch, return_lse):
   q, segments = at_full_size(storage)
-  report, [kernel] = compiled(functools.partial(pallas.attend, float8=float8),
-                              (q, segments))
+  report, [kernel] = compiled(
+      functools.partial(pallas.attend, float8=float8, return_lse=return_lse), (q, segments))
   assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0)
   # For products in float8 also queries in its range, values laid out anew, and the block's own.
   assert report.scratch_bytes < scratch * tree_bytes(q)

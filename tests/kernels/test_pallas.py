@@ -219,6 +219,8 @@ def test_tuned_tiles_that_do_not_fit_are_not_used(table):
 
 
 def test_candidates_begin_with_the_default():
+  for kind in ((False, False), (True, False), (True, True)):
+    assert pallas_gpu.candidates(*kind)[0] == pallas_gpu.default(*kind)
   first, *rest = pallas_gpu.candidates()
   assert first == pallas_gpu.TileSpec()
   assert first not in rest

@@ -34,7 +34,7 @@ from pf_jax.bench.config import SUITES, Effort, parse_suites
 from pf_jax.bench.subject import Subject, draw
 from pf_jax.bench.timing import Call, Timing
 from pf_jax.kernels import conv3d, tuning
-from pf_jax.kernels.attention import cudnn, pallas, pallas_gpu, reference
+from pf_jax.kernels.attention import cudnn, pallas, pallas_float8, pallas_gpu, reference
 from pf_jax.kernels.context import ready_made
 from pf_jax.kernels.conv3d import operations
 from pf_jax.kernels.conv3d import pallas as conv3d_pallas
@@ -394,7 +394,7 @@ def test_without_a_card_our_kernel_is_absent(found):
 def test_tuning_keeps_the_fastest_and_says_what_is_no_use(half, card, monkeypatch):
   sizes = [pallas_gpu.TileSpec(*size)
            for size in ((3, 64, 3), (3, 128, 2), (2, 192, 2), (2, 64, 4))]
-  monkeypatch.setattr(pallas_gpu, 'candidates', lambda: sizes)
+  monkeypatch.setattr(pallas_gpu, 'candidates', lambda *kind: sizes)
   monkeypatch.setattr(tune, 'race', lambda ready, effort: {
       tiles: float(tiles.warpgroups) for tiles in ready})
   lines = []
@@ -405,6 +405,20 @@ def test_tuning_keeps_the_fastest_and_says_what_is_no_use(half, card, monkeypatc
   assert skipped == 2 * ['skipped: what it computes is off by 100.0%',
                          'skipped: 19 attended blocks take too much shared memory']
   assert len([line for line in lines if line.startswith('tuning attention, ')]) == 2
+
+
+def test_float8_is_tuned_and_compared_for_caches_stored_in_it(half, card, monkeypatch):
+  cache = dataclasses.replace(half.spec.cache, storage='float8_e4m3fn')
+  stored = dataclasses.replace(half, spec=dataclasses.replace(half.spec, cache=cache))
+  monkeypatch.setattr(pallas_float8, 'attend', pallas.attend)
+  asked = []
+  monkeypatch.setattr(tuning, 'tune', lambda problem, *rest, **say: asked.append(problem.kernel))
+  tune.tune(bench_of(stored, []), ('attention',))
+  assert asked == ['attention', 'attention in float8'] * 2
+  block, *_ = kernels.attention(bench_of(stored, []))
+  assert list(block.calls)[:2] == ['pallas, in place', 'pallas_float8, in place']
+  # A block's queries, results, keys and values in half precision; its history in 8 bits.
+  assert block.bytes == 4 * 24 * 128 * 2 + cache.attended_bytes()
 
 
 @pytest.fixture

@@ -69,14 +69,14 @@ def _attend(q: Array, segments: tuple[Segment | Blocks, ...], float8: bool, retu
     pools.append(pool)
     slots.append(jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), own))
   shift, k_scale, v_scale = (jnp.concatenate(parts, axis=1) for parts in zip(*slots, strict=True))
-  out_scale = jnp.max(v_scale, axis=1)
+  out_scale = jnp.max(v_scale, axis=1)  # so that weights are multiplied by 1 at most
+  v_scale = v_scale / out_scale[:, None]
   cos, sin = _rotations(shift, head_dim, columns)
   rows = _aligned(q)
   if float8:
     unit = _float8_unit(rows)
     rows = (rows / unit[:, None, :, None]).astype(q.dtype)
     k_scale = k_scale * unit[:, None]
-    v_scale = v_scale / out_scale[:, None]
   pairs = rows[..., :columns].reshape(*rows.shape[:3], columns // 2, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   out, lse = pallas_gpu.attend_pools(
@@ -99,6 +99,12 @@ def shape_of(q: Array, segments: Sequence[Segment | Blocks]) -> str:
   return f'{q.dtype} {"x".join(map(str, q.shape))} over {blocks}'
 
 
+def problem(q: Array, segments: Sequence[Segment | Blocks], float8: bool) -> tuning.Problem:
+  """What tiles are looked up by."""
+  return tuning.Problem.here('attention in float8' if float8 else 'attention',
+                             shape_of(q, segments))
+
+
 def _blocks(segment: Segment | Blocks) -> tuple[int, int]:
   """How many are attended, and the rows of each."""
   if isinstance(segment, Segment):
@@ -113,9 +119,8 @@ def tuned(q: Array, segments: Sequence[Segment | Blocks], float8: bool = False,
   from pf_jax.kernels.attention import pallas_gpu
 
   quantized = any(isinstance(segment.k, Quantized) for segment in segments)
-  default = pallas_gpu.default(quantized, float8)
-  name = 'attention in float8' if float8 else 'attention'
-  found = tuning.sizes(tuning.Problem.here(name, shape_of(q, segments)), default)
+  default = pallas_gpu.default(quantized, float8, return_lse)
+  found = tuning.sizes(problem(q, segments, float8), default)
   slots = sum(number for number, _ in map(_blocks, segments))
   needed = found.shared_bytes(q.shape[-1], slots, quantized=quantized, float8=float8,
                               return_lse=return_lse)

@@ -106,17 +106,17 @@ class TileSpec:
     return queries + ring + beside + (2 * slots * columns + self.queries * return_lse) * full
 
 
-def default(quantized: bool, float8: bool = False) -> TileSpec:
-  """Tiles for any shape. What waits in 8 bits takes the place of a stage."""
+def default(quantized: bool = False, float8: bool = False, return_lse: bool = False) -> TileSpec:
+  """Tiles for any shape, without spills. What waits in 8 bits takes the place of a stage."""
   if float8:
-    return TileSpec(stages=4)
+    return TileSpec(warpgroups=2 if return_lse else 3, stages=4)
   return TileSpec(stages=2) if quantized else TileSpec()
 
 
-def candidates() -> list[TileSpec]:
+def candidates(quantized: bool = False, float8: bool = False) -> list[TileSpec]:
   """Tiles worth timing, the default first; not all fit any shape, nor into registers."""
   sizes = itertools.product((3, 2), (32, 64, 96, 128, 192), (2, 3, 4))
-  return list(dict.fromkeys([TileSpec(), *(TileSpec(*size) for size in sizes)]))
+  return list(dict.fromkeys([default(quantized, float8), *(TileSpec(*size) for size in sizes)]))
 
 
 class Scales(NamedTuple):
@@ -124,8 +124,8 @@ class Scales(NamedTuple):
 
   Attributes:
     k: [B, r, N], of attended blocks.
-    v: [B, r, N]; with products in float8 1 at most.
-    out: [B, N], with products in float8.
+    v: [B, r, N], 1 at most.
+    out: [B, N], what the results are multiplied by.
   """
 
   k: Array
@@ -430,7 +430,7 @@ class _Computing:
       lse_room[...] = top * math.log(2) + jnp.log(total)
       copies.append((lse_room, lse.at[self._video, self._head, rows]))
     scale: Any = 1.0
-    if kernel.float8:
+    if kernel.stored is not None:
       scale = self._scales.out[self._video, self._head]
     share = scale / total
     room[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(room.dtype)
