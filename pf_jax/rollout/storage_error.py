@@ -1,8 +1,8 @@
 """What attention loses when its history is stored in fewer bits, on a video's own activations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pf_jax import cache as cache_lib
@@ -15,15 +15,18 @@ from pf_jax.rollout import step
 from pf_jax.rollout.block import RolloutSpec, RolloutState
 from pf_jax.types import Array, KeyValues
 
+Store = Callable[[Any], Any]
 
-def _stored(blocks: Blocks, storage: str) -> Blocks:
-  def store(x: Array):
-    if storage in quantization.DTYPES:
-      return quantization.quantize(x, storage)
-    return x.astype(storage).astype(x.dtype)
 
-  k, v = jax.tree.map(store, (blocks.k, blocks.v))
-  return blocks._replace(k=k, v=v)
+def stored_in(dtype: str) -> Store:
+  """As a cache keeps keys and values in a dtype of `quantization.DTYPES`, or e.g. 'bfloat16'."""
+  if dtype in quantization.DTYPES:
+    return lambda x: quantization.quantize(x, dtype)
+  return lambda x: x.astype(dtype).astype(x.dtype)
+
+
+def _stored(history: Sequence[Blocks], store: Store) -> list[Blocks]:
+  return [blocks._replace(k=store(blocks.k), v=store(blocks.v)) for blocks in history]
 
 
 def _rounded_products(q: Array, history: Sequence[Blocks], dtype: str) -> Array:
@@ -46,8 +49,8 @@ def relative(found: Array, exact: Array) -> Array:
 
 
 def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, keys: Array,
-                     storages: Sequence[str], *, spec: RolloutSpec, products: Sequence[str] = ()
-                     ) -> dict[str, Array]:
+                     storages: Mapping[str, Store], *, spec: RolloutSpec,
+                     products: Sequence[str] = ()) -> dict[str, Array]:
   """Error of attending the history in a block's first pass, by layer.
 
   Args:
@@ -55,7 +58,7 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     state: of a rollout whose cache holds keys and values whole, best in float32.
     text: cross-attention keys/values [L, B, rows, N, H].
     keys: [B] typed random keys, one per video.
-    storages: dtypes to store them in: those of `quantization.DTYPES`, or e.g. 'bfloat16'.
+    storages: ways to store blocks [..., T, N, H] of keys or values, such as `stored_in('int8')`.
     spec: static choices.
     products: of the dtypes of 8 bits, those in which queries and weights are rounded too, as for
       'pallas_float8' (there queries anew for every block that they are turned to).
@@ -70,11 +73,10 @@ def attention_errors(models: VideoModels, state: RolloutState, text: KeyValues, 
     selected = cache_lib.select(layer, q, blocks, spec=spec.cache)
     history = cache_lib.context(layer, selected, blocks, layout, spec=spec.cache)
     exact = attend(q, history)
-
-    errors = {name: relative(attend(q, [_stored(part, name) for part in history]), exact)
-              for name in storages}
+    errors = {name: relative(attend(q, _stored(history, store)), exact)
+              for name, store in storages.items()}
     for name in products:
-      found = _rounded_products(q, [_stored(part, name) for part in history], name)
+      found = _rounded_products(q, _stored(history, stored_in(name)), name)
       errors[f'{name} products'] = relative(found, exact)
     return history, errors
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import pf_jax
-from pf_jax.rollout.storage_error import attention_errors
+from pf_jax.kernels.quantization import DTYPES, dequantize, quantize
+from pf_jax.rollout.storage_error import attention_errors, stored_in
 from pf_jax.sampling.meter import partition_bytes
 
 PROMPTS = ('a white seven drifts right on a teal background',
@@ -31,18 +32,23 @@ def whole():
   return pipeline, last_block(pipeline)
 
 
-def test_error_of_attention(whole):
-  """Int8 loses less than four times what bfloat16 loses by itself."""
-  pipeline, block = whole
+def measured(pipeline, block, storages, products=()):
+  """Errors by layer, printed."""
   programs = pipeline.programs(len(PROMPTS))
   text = programs.text_keys_values(pipeline.prompts(PROMPTS))
   keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-  errors = jax.jit(functools.partial(attention_errors, storages=STORAGES,
-                                     products=STORAGES[-1:], spec=pipeline.spec))(
-      pipeline.models, block.state, text, keys)
+  errors = jax.jit(functools.partial(attention_errors, storages=storages, products=products,
+                                     spec=pipeline.spec))(pipeline.models, block.state, text, keys)
   for name, layers in errors.items():
-    print(name, *(f'{float(error):.5f}' for error in layers))
-    assert layers.shape == (pipeline.spec.cache.num_layers,)
+    print(name, *(f'{float(error):.4f}' for error in layers), f'mean {float(layers.mean()):.4f}')
+  return errors
+
+
+def test_error_of_attention(whole):
+  """Int8 loses less than four times what bfloat16 loses by itself."""
+  errors = measured(*whole, {name: stored_in(name) for name in STORAGES}, products=STORAGES[-1:])
+  for layers in errors.values():
+    assert layers.shape == (whole[0].spec.cache.num_layers,)
   exact, int8, float8 = (np.asarray(errors[name]) for name in STORAGES)
   assert (exact > 1e-4).all()
   assert (int8 > exact).all()
@@ -53,6 +59,28 @@ def test_error_of_attention(whole):
   products = np.asarray(errors['float8_e4m3fn products'])
   assert (products > float8).all()
   assert products.max() < 0.05
+
+
+def a_scale_for_every_token(dtype):
+  """Of every head; a block of one token."""
+  return lambda x: dequantize(quantize(x[..., None, :, :], dtype), x.dtype)[..., 0, :, :]
+
+
+def a_scale_for_every_channel(dtype):
+  """Of every head of a block; as many heads of one number."""
+  return lambda x: dequantize(quantize(x.reshape(*x.shape[:-2], -1, 1), dtype),
+                              x.dtype).reshape(x.shape)
+
+
+def test_finer_scales_gain_little(whole):
+  ways = {'block': stored_in, 'token': a_scale_for_every_token,
+          'channel': a_scale_for_every_channel}
+  for dtype in DTYPES:
+    errors = measured(*whole, {f'{dtype}, a scale for every {name}': way(dtype)
+                               for name, way in ways.items()})
+    block, *finer = (float(layers.mean()) for layers in errors.values())
+    assert 0.5 * block < min(finer)
+    assert max(finer) < block
 
 
 @pytest.mark.parametrize(('storage', 'allowed'), [('int8', 0.05), ('float8_e4m3fn', 0.1)])
