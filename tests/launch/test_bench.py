@@ -17,16 +17,16 @@ import pytest
 
 from pf_jax import outputs
 from pf_jax.bench import (
-  block,
-  counts,
-  kernels,
-  long,
-  report,
-  run,
-  subject,
-  timing,
-  torch_peer,
-  tune,
+    block,
+    counts,
+    kernels,
+    long,
+    report,
+    run,
+    subject,
+    timing,
+    torch_peer,
+    tune,
 )
 from pf_jax.bench.case import Bench
 from pf_jax.bench.ceilings import Ceilings
