@@ -204,7 +204,7 @@ def test_gate_fails_half_split_rope(monkeypatch):
   def rotate(x, table):
     return right(x[..., neighbours], table)[..., np.argsort(neighbours)]
 
-  monkeypatch.setattr(rope, 'rotate', rotate)
+  monkeypatch.setattr(rope.reference, 'rotate', rotate)
   assert oracles.relative_error(_flow(_model(), **_case()), _wanted()) > BITES
 
 
@@ -218,13 +218,24 @@ def test_gate_fails_one_timestep_for_all_frames():
   assert oracles.relative_error(_flow(_model(), **case), _wanted()) > BITES
 
 
-def test_gate_fails_queries_normed_per_head(monkeypatch):
-  def per_head(self, x):
-    heads = x.reshape(*x.shape[:-1], SPEC.num_heads, SPEC.head_dim)
-    rms = jax.lax.rsqrt(jnp.mean(heads ** 2, axis=-1, keepdims=True) + 1e-6)
-    return (heads * rms).reshape(x.shape) * self.scale[...]
+def _normed_per_head(x, scale):
+  heads = x.reshape(*x.shape[:-1], SPEC.num_heads, SPEC.head_dim)
+  rms = jax.lax.rsqrt(jnp.mean(heads ** 2, axis=-1, keepdims=True) + 1e-6)
+  return (heads * rms).reshape(x.shape) * scale
 
-  monkeypatch.setattr(transformer_lib.RmsNorm, '__call__', per_head)
+
+def test_gate_fails_queries_of_text_normed_per_head(monkeypatch):
+  monkeypatch.setattr(transformer_lib.RmsNorm, '__call__',
+                      lambda self, x: _normed_per_head(x, self.scale[...]))
+  assert oracles.relative_error(_flow(_model(), **_case()), _wanted()) > BITES
+
+
+def test_gate_fails_queries_and_keys_normed_per_head(monkeypatch):
+  def per_head(x, scale, table, *, eps):
+    heads = _normed_per_head(x, scale).reshape(*x.shape[:-1], SPEC.num_heads, SPEC.head_dim)
+    return rope.rotate(heads, table)
+
+  monkeypatch.setattr(rope, 'norm_and_rotate', per_head)
   assert oracles.relative_error(_flow(_model(), **_case()), _wanted()) > BITES
 
 

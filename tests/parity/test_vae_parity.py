@@ -194,9 +194,9 @@ def _norm_without_root(monkeypatch):
 def _symmetric_padding(monkeypatch):
   """Strided convolutions padded on all sides in place of right and bottom."""
   right = vae_lib.Conv.apply
-  def wrong(self, x, *, strides=(1, 1, 1), padding=None):
+  def wrong(self, x, *, strides=(1, 1, 1), padding=None, **more):
     padding = ((1, 1), (1, 1)) if strides == (1, 2, 2) else padding
-    return right(self, x, strides=strides, padding=padding)
+    return right(self, x, strides=strides, padding=padding, **more)
   monkeypatch.setattr(vae_lib.Conv, 'apply', wrong)
 
 
