@@ -136,7 +136,7 @@ test-reliability: $(VENV)/.test
 test-kernels: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -x --slow tests/kernels $(PYTEST_ARGS)
 
-# What a block costs here, beside what the machine can do: about four minutes on two quiet cores.
+# What a block costs here, beside what the machine can do: two minutes on two quiet cores.
 bench: $(VENV)/.base
 	$(VENV)/bin/python -m launch.bench --config=$(DEMO_CONFIG) --output=runs/bench
 
